@@ -1,0 +1,558 @@
+"""CoLM in plain PyTorch: mini-batch coresets for fine-tuning language models on data mixtures.
+
+Every formula of Nguyen et al., "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures"
+(ICLR 2025, arXiv 2407.19580v4), in the order in which a training step uses them. The file needs torch alone: copy it
+into your own repository. `train_colm.py` is the complete trainer; a step in your own loop reads
+
+    probe = VProjectionProbe(model)                        # once: finds the last V projection, changes no weight
+    logits_hook = LabelledLogits(model)                    # once: logits only where there are labels
+    moments = AdamMoments(optimizer.defaults["betas"])     # once: the history of Eq. 3-4
+
+    batch = collate(pool_examples).to(device)              # N examples
+    model.eval()
+    g = probe.gradients(lambda: example_losses(model, logits_hook, batch))                  # [N, D]
+    coreset = select_coreset(moments.normalize(g), sources, k=64, keep=small_sources(counts))
+    moments.update(g[[i for i in coreset.index.tolist() if sources[i] not in keep]])
+    model.train()                                          # ... then train on pool_examples[coreset.index] alone
+
+Symbols: N pool size, K coreset size, B micro-batch rows, T tokens, M supervised tokens, D probed numbers (V rows x LoRA
+rank), h kept coordinates, S sources. A comment `DIFFERS n` marks a departure from the paper or its official code; the
+README gives the reason under the same number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------ sources and budgets (4.1)
+
+
+def small_sources(counts: Mapping[Hashable, int]) -> set:
+    """Sources with fewer than |V| / c training examples, i.e. below the mean size; all their examples are kept (4.1)."""
+    total = sum(counts.values())
+    return {source for source, count in counts.items() if count * len(counts) < total}
+
+
+def allocate_budget(counts: Tensor, budget: int) -> Tensor:
+    """Share `budget` over sources in proportion to their pool `counts` [S]; sums to min(budget, counts.sum()) (4.1).
+
+    Floors first, then +1 to the smallest budgets (ties: the first), never above a source's count.   # DIFFERS 1
+    """
+    counts = counts.long()
+    total = int(counts.sum())
+    if budget < 0:
+        raise ValueError(f"budget {budget} is negative: it must be 0 or more")
+    if budget >= total:
+        return counts.clone()
+    shares = counts * budget // total
+    order = torch.argsort(torch.where(shares < counts, shares, total), stable=True)
+    shares[order[: budget - int(shares.sum())]] += 1  # a remainder below S, and every floor lies below its count
+    return shares
+
+
+# ------------------------------------------------------------------------------------------------ medoids (4.2, Eq. 8)
+
+
+def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
+    """Similarity of every pair of rows, [N, H] -> [N, N]: largest distance - distance for l1 and l2, or the cosine.
+
+    L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8).
+    """
+    if metric == "cosine":
+        x = F.normalize(x, dim=1)
+        return x @ x.T
+    if metric not in ("l1", "l2"):
+        raise ValueError(f"metric {metric!r} is unknown: use l1, l2 or cosine")
+    p = {"l1": 1.0, "l2": 2.0}[metric]
+    distance = torch.cdist(x, x, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance.max() - distance if distance.numel() else distance
+
+
+def facility_location(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8), on the host in float64.
+
+    Returns `index` [k] in the order of picking and `weight` [k], the number of rows nearest to each medoid (they sum
+    to N). Ties go to the lowest index. Greedy is sequential: each pick updates only the gains of the rows that it
+    serves better than before, about N log k row updates in all instead of N k.
+    """
+    n = len(similarity)
+    if not 0 <= k <= n:
+        raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
+    similarity = similarity.detach().to("cpu", torch.float64)
+    best = torch.zeros(n, dtype=torch.float64)  # a row that nobody serves counts 0, as in the official code
+    owner = torch.zeros(n, dtype=torch.long)
+    gain = similarity.clamp(min=0).sum(0)  # [N], what each candidate would add
+    index = torch.empty(k, dtype=torch.long)
+    for pick in range(k):
+        index[pick] = chosen = int(gain.argmax())
+        gain[chosen] = -math.inf
+        improved = (similarity[:, chosen] > best).nonzero()[:, 0]
+        rows, old, new = similarity[improved], best[improved, None], similarity[improved, chosen, None]
+        gain += ((rows - new).clamp_(min=0) - (rows - old).clamp_(min=0)).sum(0)
+        best[improved], owner[improved] = new[:, 0], pick
+    owner[index] = torch.arange(k)  # a medoid serves itself, also where another is exactly as near
+    return index, torch.bincount(owner, minlength=k) if k else torch.zeros(0, dtype=torch.long)
+
+
+def sparsify(x: Tensor, h: int) -> Tensor:
+    """Keep the h coordinates with the largest |mean over rows|, [N, D] -> [N, min(h, D)] (4.2, Table 4)."""
+    return x if h >= x.shape[1] else x[:, largest_coordinates(x.sum(0, keepdim=True), h)[0]]
+
+
+def largest_coordinates(sums: Tensor, h: int) -> Tensor:
+    """Per source, where the summed features are largest in magnitude (ties: lowest first), [S, D] -> [S, min(h, D)]."""
+    return sums.abs().sort(dim=1, descending=True, stable=True).indices[:, :h]
+
+
+# -------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
+
+
+class AdamMoments:
+    """History m, v of the big sources' gradients, and the Adam-normalised feature of one example's gradient.
+
+    m_i = b1 m + (1 - b1) g_i,  v_i = b2 v + (1 - b2) g_i^2,  feature_i = m_hat_i / (sqrt(v_hat_i) + eps)  (Eq. 3-4).
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        self.betas, self.eps = tuple(betas), eps
+        self.m: Tensor | None = None  # [D], None until the first update: a history of zeros
+        self.v: Tensor | None = None  # [D]
+        self.updates = 0  # DIFFERS 2: bias correction counts the updates of this history, not the global steps
+
+    def normalize(self, g: Tensor) -> Tensor:
+        """Feature of every gradient, [N, D] -> [N, D]."""
+        b1, b2 = self.betas
+        m, v = (1 - b1) * g, (1 - b2) * g.square()
+        if self.m is not None:
+            m, v = m.add_(self.m, alpha=b1), v.add_(self.v, alpha=b2)
+        t = self.updates + 1
+        return m.div_(1 - b1**t).div_(v.div_(1 - b2**t).sqrt_().add_(self.eps))
+
+    def update(self, g_selected: Tensor) -> None:
+        """m <- mean of m_i, v <- mean of v_i over the selected big-source gradients [M, D]; nothing when M = 0."""
+        self.update_from_sums(g_selected.sum(0), g_selected.square().sum(0), len(g_selected))
+
+    def update_from_sums(self, g_sum: Tensor, g_square_sum: Tensor, count: int) -> None:
+        """The same from sum of g [D], sum of g^2 [D] and their count M: what ranks can add up."""
+        if count == 0:
+            return
+        b1, b2 = self.betas
+        if self.m is None:
+            self.m, self.v = torch.zeros_like(g_sum), torch.zeros_like(g_square_sum)
+        self.m = b1 * self.m + (1 - b1) / count * g_sum
+        self.v = b2 * self.v + (1 - b2) / count * g_square_sum
+        self.updates += 1
+
+    def state_dict(self) -> dict:
+        return {"m": self.m, "v": self.v, "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.m, self.v, self.updates = state["m"], state["v"], state["updates"]
+
+
+# ------------------------------------------------------------------------------------- features of a pool, in chunks
+
+
+class PoolGradients:
+    """Per-example gradients of a pool [n, D], handed out in chunks, so that device memory need not grow as n x D.
+
+    SPSA keeps `derivatives` [n, directions] and `z` and makes the rows g_i = mean_k d_ik z_k when asked (Eq. 6). Rows of
+    the exact probe are stored with `add`, on the host beyond `device_bytes`.
+    """
+
+    CHUNK = 1 << 25  # numbers in one chunk: 128 MiB in float32
+
+    def __init__(self, dims: int, derivatives: Tensor | None = None, z: Tensor | None = None, device_bytes=1 << 30):
+        self.dims, self.derivatives, self.z, self.device_bytes = dims, derivatives, z, device_bytes
+        self.blocks: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Append exact gradients [B, D]."""
+        stored = sum(block.nbytes for block in self.blocks)
+        self.blocks.append(rows if stored + rows.nbytes <= self.device_bytes else rows.cpu())
+
+    def chunks(self, device):
+        """Yield (slice of examples, their gradients [chunk, D] on `device`) in order."""
+        size, start = max(1, self.CHUNK // self.dims), 0
+        for block in self.blocks if self.derivatives is None else [self.derivatives]:
+            for part in block.split(size):
+                part = part.to(device)
+                yield slice(start, start + len(part)), self._rows(part)
+                start += len(part)
+
+    def _rows(self, part: Tensor) -> Tensor:
+        return part if self.derivatives is None else part @ self.z.flatten(1) / len(self.z)
+
+    def finite(self) -> Tensor:
+        """Which examples have a finite probe, [n] bool on the host."""
+        blocks = self.blocks if self.derivatives is None else [self.derivatives]
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *(b.isfinite().all(1).cpu() for b in blocks)])
+
+    def sums(self, mask: Tensor, device) -> tuple[Tensor, Tensor]:
+        """Sum of g and of g^2 over the examples in `mask` [n], each [D]: what AdamMoments.update_from_sums adds up."""
+        total = torch.zeros(2, self.dims, device=device)
+        for rows, g in self.chunks(device):
+            g = g[mask[rows].to(device)]
+            total += torch.stack([g.sum(0), g.square().sum(0)])
+        return total[0], total[1]
+
+
+def _no_reduce(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def sparse_features(
+    gradients: PoolGradients,
+    sources: Tensor,
+    moments: AdamMoments,
+    h: int,
+    device,
+    num_sources: int,
+    finite: Tensor,
+    reduce: Callable[[Tensor], Tensor] = _no_reduce,
+) -> Tensor:
+    """Adam-normalised features on each source's h largest coordinates, [n, min(h, D)] (4.2), in two chunked passes.
+
+    `reduce` sums a tensor over the ranks when each holds other rows; examples that are not `finite` count for nothing.
+    """
+    sums = torch.zeros(num_sources, gradients.dims, device=device)
+    for rows, g in gradients.chunks(device):
+        f = moments.normalize(g).masked_fill_(~finite[rows].to(device)[:, None], 0)  # [chunk, D]
+        sums.index_add_(0, sources[rows].to(device), f)
+    coordinates = largest_coordinates(reduce(sums), h)  # [S, h]
+    features = [
+        moments.normalize(g).gather(1, coordinates[sources[rows].to(device)]) for rows, g in gradients.chunks(device)
+    ]
+    return torch.cat([sums.new_zeros(0, coordinates.shape[1]), *features])  # [n, h]
+
+
+# ------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
+
+
+class Coreset(NamedTuple):
+    """`index` [K] of pool rows, kept rows first, and `weight` [K]: how many pool rows each one stands for."""
+
+    index: Tensor
+    weight: Tensor
+
+
+def select_coreset(
+    features: Tensor,
+    sources: Tensor,
+    k: int,
+    keep: Collection = (),
+    h: int = 2560,
+    metric: str = "l1",
+    generator: torch.Generator | None = None,
+) -> Coreset:
+    """Coreset of a pool: every row of the sources in `keep`, then medoids of each other source (4.1-4.2).
+
+    `features` is [N, D] (rows of kept sources are never read), `sources` [N] integers. Rows whose features are not
+    finite never become medoids; the coreset has K rows, or all usable ones when those are fewer. When the kept sources
+    alone fill the coreset, K of their rows are drawn uniformly with `generator`.   # DIFFERS 3, 4
+    """
+    if not 0 < k <= len(sources):
+        raise ValueError(f"k = {k} of a pool of {len(sources)}: k must lie in 1..{len(sources)}")
+    sources = sources.cpu()
+    is_kept = torch.isin(sources, torch.tensor(sorted(keep), dtype=sources.dtype))
+    kept = is_kept.nonzero()[:, 0]
+    if len(kept) >= k:
+        kept = kept[torch.randperm(len(kept), generator=generator)[:k].sort().values]
+        return Coreset(kept, torch.ones_like(kept))
+    usable = ~is_kept & features.isfinite().all(1).cpu()
+    present, counts = sources[usable].unique(return_counts=True)
+    budgets = allocate_budget(counts, k - len(kept))
+    rows_of = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
+    similarities = [pairwise_similarity(sparsify(features[r.to(features.device)], h), metric) for r in rows_of]
+    picks = [facility_location(s, int(b)) for s, b in zip(similarities, budgets)]
+    index = torch.cat([kept, *(rows[p] for rows, (p, _) in zip(rows_of, picks))])
+    return Coreset(index, torch.cat([torch.ones_like(kept), *(weight for _, weight in picks)]))
+
+
+# --------------------------------------------------------------------------- losses at the supervised positions only
+
+
+class MicroBatch(NamedTuple):
+    """Right-padded rows; flat positions that predict a completion token, those tokens, and the row each belongs to."""
+
+    input_ids: Tensor  # [B, T]
+    positions: Tensor  # [M] into B * T
+    targets: Tensor  # [M]
+    rows: Tensor  # [M] in 0..B-1
+    counts: Tensor  # [B] supervised tokens of each row
+
+    def to(self, device) -> MicroBatch:
+        return MicroBatch(*(t.to(device, non_blocking=True) for t in self))
+
+
+def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBatch:
+    """Pad (token ids, prompt length) pairs on the right. A causal model needs no attention mask: no real token sees
+    the padding, and no padded position predicts anything."""
+    lengths = torch.tensor([len(ids) for ids, _ in examples])
+    first = torch.tensor([max(prompt, 1) for _, prompt in examples])  # the first token has nothing that predicts it
+    input_ids = nn.utils.rnn.pad_sequence([ids.long() for ids, _ in examples], batch_first=True, padding_value=pad_id)
+    column = torch.arange(input_ids.shape[1])
+    supervised = (column >= first[:, None]) & (column < lengths[:, None])  # [B, T]
+    rows, columns = supervised.nonzero(as_tuple=True)
+    positions = rows * input_ids.shape[1] + columns - 1
+    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1))
+
+
+class LabelledLogits:
+    """Hook on the output embedding: hidden states [C * B, T, d] become [C, M, d], so logits exist only where labels do.
+
+    C = 1, or the number of perturbed copies while `VProjectionProbe.spsa` runs.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.batch: MicroBatch | None = None
+        self.handle = model.get_output_embeddings().register_forward_pre_hook(self._select)
+
+    def _select(self, module, args):
+        if self.batch is None:
+            return None  # somebody else's forward, such as generation
+        hidden = args[0].reshape(-1, self.batch.input_ids.numel(), args[0].shape[-1])  # [C, B * T, d]
+        selected = hidden.index_select(1, self.batch.positions)  # [C, M, d]
+        self.batch = None
+        return (selected, *args[1:])
+
+
+def example_losses(model: nn.Module, hook: LabelledLogits, batch: MicroBatch) -> Tensor:
+    """Mean token loss of every example, [C, B] in nats, in one ordinary `model(...)` call."""
+    hook.batch = batch
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [C, M, V]
+    if hook.batch is not None:
+        raise RuntimeError("the model did not call its output embedding: CoLM needs a causal LM with a head module")
+    copies = len(logits)
+    tokens = TokenCrossEntropy.apply(logits.flatten(0, 1), batch.targets.repeat(copies)).view(copies, -1)  # [C, M]
+    sums = tokens.new_zeros(copies, len(batch.counts)).index_add(1, batch.rows, tokens)
+    return sums / batch.counts
+
+
+class TokenCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of every token, logits [M, V] and targets [M] -> [M], at least float32.
+
+    Works `CHUNK` rows at a time and recomputes the softmax in backward: no float32 copy of the logits is ever whole.
+    """
+
+    CHUNK = 1024
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        lse = torch.cat([rows.to(dtype).logsumexp(1) for rows in logits.split(TokenCrossEntropy.CHUNK)])
+        ctx.save_for_backward(logits, targets, lse)
+        return lse - logits.gather(1, targets[:, None])[:, 0].to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, targets, lse = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for start in range(0, len(logits), TokenCrossEntropy.CHUNK):
+            rows = slice(start, start + TokenCrossEntropy.CHUNK)
+            softmax = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_()
+            softmax.scatter_add_(1, targets[rows, None], softmax.new_full((len(softmax), 1), -1.0))
+            out[rows] = softmax.mul_(grad[rows, None])
+        return out, None
+
+
+# ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
+
+
+class VProjectionProbe:
+    """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] when it has an adapter, else W [d_v, d_in].
+
+    Both probes are hooks inside an ordinary call of the model, so they work for any architecture and under any wrapper
+    that lets the model's own modules run (DDP: pass the inner module; FSDP2: the wrapped model). Weights are never
+    written. Call them with the model in evaluation mode: dropout would be noise in the signal.
+
+    `module_name` names the projection where it can't be found; all its outputs then count as V.
+    """
+
+    SEPARATE = ("v_proj", "value", "v_lin")
+    STACKED = ("qkv_proj", "Wqkv", "c_attn")  # rows [q | k | v]; c_attn is a Conv1D with the same output order
+    PER_HEAD = ("query_key_value",)  # GPT-NeoX: rows [q k v] of head 0, then of head 1, ...
+
+    def __init__(self, model: nn.Module, module_name: str | None = None):
+        self.model, modules = model, dict(model.named_modules())
+        known = self.SEPARATE + self.STACKED + self.PER_HEAD
+        if module_name is None:
+            found = [name for name in modules if name.rpartition(".")[2] in known]
+        else:
+            found = [name for name in modules if name == module_name or name.endswith("." + module_name)]
+        if not found:
+            raise ValueError(self._candidates(model, f"no module named {module_name or ' or '.join(known)}"))
+        self.name = found[-1]
+        self.module = modules[self.name]
+        self.layer_name, self.layers = self._enclosing_layer(modules, self.name)
+        self.layer = modules[self.layer_name]
+        weight = self._weight(self.module)
+        conv1d = type(getattr(self.module, "base_layer", self.module)).__name__ == "Conv1D"  # weight [d_in, d_out]
+        d_out, d_in = weight.shape[::-1] if conv1d else weight.shape
+        self.rows = self._v_rows(model, d_out, explicit=module_name is not None)  # [d_v] output channels
+        adapter = self._adapter()
+        self.shape = (len(self.rows), adapter[0].weight.shape[0] if adapter else d_in)  # z and G of one example
+        self.dims = math.prod(self.shape)
+
+    @staticmethod
+    def _weight(module: nn.Module) -> Tensor:
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None or weight.dim() != 2:
+            raise ValueError(f"{type(module).__name__} has no weight matrix: name a linear projection")
+        return weight
+
+    @staticmethod
+    def _enclosing_layer(modules: Mapping[str, nn.Module], name: str) -> tuple[str, nn.ModuleList]:
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            if isinstance(layers := modules[".".join(parts[:end])], nn.ModuleList):
+                return ".".join(parts[: end + 1]), layers
+        raise ValueError(f"{name} lies in no nn.ModuleList of decoder layers: name a projection that does")
+
+    @staticmethod
+    def _candidates(model: nn.Module, problem: str) -> str:
+        names = [n for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
+        last = [n for n in names if any(part.isdigit() for part in n.split("."))][-12:]
+        return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
+
+    def _v_rows(self, model: nn.Module, d_out: int, explicit: bool) -> Tensor:
+        """Output channels that are V, [d_v]."""
+        leaf = self.name.rpartition(".")[2]
+        rows = torch.arange(d_out)
+        if leaf in self.SEPARATE or (explicit and leaf not in self.STACKED + self.PER_HEAD):
+            return rows
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if leaf in self.STACKED and d_out == (heads + 2 * kv_heads) * head_dim:
+            return rows[-kv_heads * head_dim :]
+        if leaf in self.PER_HEAD and model.config.model_type == "gpt_neox" and d_out == 3 * heads * head_dim:
+            return rows.view(heads, 3, head_dim)[:, 2].flatten()
+        raise ValueError(self._candidates(model, f"{self.name} has {d_out} outputs in an unknown layout"))
+
+    def _adapter(self) -> tuple[nn.Module, float] | None:
+        """(lora_A, scaling) of the active LoRA adapter, or None."""
+        active = [a for a in getattr(self.module, "active_adapters", ()) if a in getattr(self.module, "lora_A", ())]
+        if not active or self.module.disable_adapters or self.module.merged:
+            return None
+        return self.module.lora_A[active[0]], self.module.scaling[active[0]]
+
+    def _low_rank_input(self, x: Tensor) -> Tensor:
+        """What the probed matrix multiplies: scaling * lora_A(x) [B, T, r], or x itself [B, T, d_in]."""
+        if adapter := self._adapter():
+            lora_a, scaling = adapter
+            return lora_a(x.to(lora_a.weight.dtype)) * scaling
+        return x
+
+    def gradients(self, losses: Callable[[], Tensor]) -> Tensor:
+        """Exact per-example gradients of the probed matrix, [B, D], by one backward pass through the last layer's tail.
+
+        `losses()` runs the model on a micro-batch and returns per-example losses [1, B] (`example_losses`). Autograd
+        runs from the V projection onward: its output becomes a leaf, delta = dL/dV, and
+        G_i = sum_t delta_it (scaling lora_A(x_it))^T.   # DIFFERS 5: the limit of Eq. 6 for many directions
+        """
+        taped: list[Tensor] = []
+
+        def make_leaf(module, args, output):
+            low = self._low_rank_input(args[0])  # [B, T, r]
+            torch.set_grad_enabled(True)  # until the no_grad block below ends
+            rows = self.rows.to(output.device)
+            leaf = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
+            taped.extend((low, leaf))
+            return output.index_copy(-1, rows, leaf)
+
+        with torch.no_grad(), _hooked(self.module.register_forward_hook(make_leaf)):
+            loss = losses().sum()
+            low, leaf = taped
+            (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
+        dtype = torch.promote_types(low.dtype, torch.float32)
+        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [B, D]
+
+    @torch.no_grad()
+    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, float32: bool = True) -> Tensor:
+        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
+
+        `z` is [n, d_v, r]. The layers before the last run once; the last layer runs once per signed direction with
+        eps scaling lora_A(x) z^T added to its V, and the copies travel together through the final norm and the head.
+        `float32` runs that tail in float32: in bf16 the difference of two losses is mostly rounding.   # DIFFERS 6
+        """
+        signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
+        layer_forward, step = self.layer.forward, {}
+
+        def add_perturbation(module, args, output):
+            low = self._low_rank_input(args[0])  # [B, T, r]
+            shift = low @ step["z"].to(low.dtype).T  # [B, T, d_v]
+            return output.index_add(-1, self.rows.to(output.device), shift.to(output.dtype))
+
+        def run_copies(hidden, *args, **kwargs):
+            outputs = []
+            with torch.autocast(hidden.device.type, enabled=False) if float32 else nullcontext():
+                for step["z"] in signed:
+                    out = layer_forward(_wide(hidden) if float32 else hidden, *args, **kwargs)
+                    outputs.append(out if isinstance(out, Tensor) else out[0])
+            stacked = torch.cat(outputs)  # [2n * B, T, d]
+            return stacked if isinstance(out, Tensor) else (stacked, *out[1:])
+
+        with ExitStack() as stack:
+            stack.enter_context(_hooked(self.module.register_forward_hook(add_perturbation)))
+            stack.enter_context(_patched_forward(self.layer, run_copies))
+            for leaf in self._tail() if float32 else ():
+                stack.enter_context(_patched_forward(leaf, _float32_forward(leaf)))
+            plus, minus = losses().chunk(2)  # [n, B] each
+        return (plus - minus).T / (2 * eps)
+
+    def _tail(self) -> list[nn.Module]:
+        """Modules with parameters that run from the last layer on: its own, the final norm and the head."""
+        modules = list(self.model.modules())
+        after = modules[max(modules.index(m) for m in self.layers.modules()) + 1 :]
+        return [m for m in (*self.layer.modules(), *after) if any(True for _ in m.parameters(recurse=False))]
+
+
+def _wide(x):
+    """Floating tensors in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _float32_forward(module: nn.Module) -> Callable:
+    """The module's forward with parameters and inputs in float32, outside autocast; its own parameters stay as they are."""
+    forward = module.forward
+
+    def wide(x, *args, **kwargs):
+        own = dict(module._parameters)
+        module._parameters.update({name: None if p is None else _wide(p.detach()) for name, p in own.items()})
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                return forward(_wide(x), *args, **kwargs)
+        finally:
+            module._parameters.update(own)
+
+    return wide
+
+
+@contextmanager
+def _patched_forward(module: nn.Module, forward: Callable):
+    """Run `forward` in place of the module's own; its hooks (FSDP's among them) still run around it."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def _hooked(handle):
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,1143 @@
+"""Fine-tune a causal language model with CoLM: draw a large pool, train on a coreset of it.
+
+Nguyen et al., "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures", ICLR 2025,
+arXiv 2407.19580v4. The mathematics is in colm_core.py; this file wires it to Accelerate.
+
+    python train_colm.py                                             # a tiny model on a generated mixture, offline
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml train_colm.py \\
+        --model microsoft/phi-2 --train_file MathInstruct.json --output_dir out
+
+Implementation details worth knowing:
+ 1. All ranks draw the same pool from (seed, epoch) and know the whole coreset: ranks exchange scalars, features and
+    indices, never examples. A resumed run needs no sampler state.
+ 2. Rows are sorted by length and packed into micro-batches of at most --max_tokens_per_micro_batch padded tokens. Every
+    rank gets an even share of the tokens and the same number of micro-batches, or FSDP's collectives would hang.
+ 3. The loss is sum_i w_i L_i / sum_i w_i over the whole coreset, L_i the mean token loss of example i, whatever the
+    micro-batches and the number of ranks.
+ 4. Pools, directions, dropout and random picks have generators of their own, each seeded by (seed, purpose, step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm.auto import tqdm
+
+from colm_core import (
+    AdamMoments,
+    Coreset,
+    LabelledLogits,
+    PoolGradients,
+    VProjectionProbe,
+    collate,
+    example_losses,
+    select_coreset,
+    small_sources,
+    sparse_features,
+)
+
+
+class UserError(Exception):
+    """Something the user can mend: one line with the value, the rule and the remedy; exit code 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+DEMO = {  # without --model: learn something visible in a minute on two CPU cores
+    "pool_size": 64,
+    "coreset_size": 32,
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "learning_rate": 1e-2,
+    "max_steps": 40,
+    "eval_every": 20,
+    "sparsify_dims": 256,
+}
+FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
+    *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
+    *("report_to", "trust_remote_code", "model", "train_file"),  # the data's own fingerprint is compared instead
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}: see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    parser = Parser("train_colm.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--config", help="YAML file of flags; the command line goes first")
+    add("--model", help="folder or hub id of a causal LM; without it a tiny random model")
+    add("--trust_remote_code", action=flag, default=False, help="run Python code that the model's repository ships")
+    add("--train_file", help=".json, .jsonl (also .gz) or a hub dataset id, as org/name or org/name:split")
+    add("--eval_file", help="held-out rows in the same formats")
+    add("--source_field", default="source", help="the field that names a row's source")
+    add("--output_dir", default="colm_output")
+    add("--overwrite", action=flag, default=False, help="delete the run that --output_dir holds")
+    # the method
+    add("--pool_size", type=int, default=128, help="N, examples drawn at each step")
+    add("--coreset_size", type=int, default=64, help="K, examples trained on")
+    add("--selection", choices=["colm", "random", "random_keep", "full"], default="colm")
+    add("--keep_sources", nargs="+", default=["auto"], help="auto (below the mean size), none, or source names")
+    add("--probe", choices=["spsa", "grad"], default="spsa", help="zeroth-order (the paper) or exact gradients")
+    add("--num_directions", type=int, default=1, help="SPSA directions averaged at each step")
+    add("--direction", choices=["step", "run"], default="step", help="redraw the directions each step, or once")
+    add("--spsa_eps", type=float, default=1e-3)
+    add("--spsa_float32", action=flag, default=True, help="run SPSA's perturbed tail in float32")
+    add("--probe_module", help="the last V projection, where it can't be found by name")
+    add("--sparsify_dims", type=int, default=2560, help="h, coordinates kept of each source's features")
+    add("--similarity", choices=["l1", "l2", "cosine"], default="l1")
+    add("--medoid_weights", choices=["uniform", "cluster"], default="uniform", help="cluster: by cluster size")
+    # the model and its optimisation
+    add("--lora_r", type=int, default=128, help="0 trains all weights")
+    add("--lora_alpha", type=float, default=512.0)
+    add("--lora_dropout", type=float, default=0.05)
+    add("--lora_target_modules", nargs="+", help="default: the paper's for the architecture")
+    add("--learning_rate", type=float, default=2e-5)
+    add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine")
+    add("--warmup_ratio", type=float, default=0.03)
+    add("--weight_decay", type=float, default=0.0)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--max_steps", type=int, help="optimizer steps; goes before --num_epochs")
+    add("--num_epochs", type=float, default=1.0, help="passes of the pools over the data")
+    add("--max_length", type=int, default=512, help="tokens; longer prompts are shortened from the left")
+    add("--max_tokens_per_micro_batch", type=int, default=8192)
+    add("--gradient_checkpointing", action=flag, default=False)
+    add("--compile", action=flag, default=False, help="compile the decoder layers")
+    # the run
+    add("--save_every", type=int, default=100, help="steps between checkpoints, 0: none")
+    add("--keep_checkpoints", type=int, default=2)
+    add("--resume", help="auto (the newest checkpoint, if any) or a checkpoint folder")
+    add("--eval_every", type=int, default=100, help="steps between evaluations of --eval_file")
+    add("--report_to", nargs="+", choices=["tensorboard", "wandb"], default=[])
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    config = Parser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    if path := config.parse_known_args(argv)[0].config:
+        argv = config_flags(path) + argv
+    if parser.parse_args(argv).model is None:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def config_flags(path: str) -> list[str]:
+    import yaml  # comes with accelerate
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}: give a readable YAML file") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} is not a mapping: write one flag a line, as in 'pool_size: 128'")
+    flags = []
+    for key, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{key}")
+        elif value is not None:
+            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Rules that need no data."""
+    positive = ["pool_size", "coreset_size", "num_directions", "spsa_eps", "sparsify_dims", "lora_alpha"]
+    positive += ["learning_rate", "max_grad_norm", "num_epochs", "max_tokens_per_micro_batch", "keep_checkpoints"]
+    for name in positive + (["max_steps"] if args.max_steps is not None else []):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range: give a positive number")
+    for name in ("lora_r", "warmup_ratio", "weight_decay", "save_every", "eval_every", "lora_dropout"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
+    for name in ("lora_dropout", "warmup_ratio"):
+        if getattr(args, name) >= 1:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range: give less than 1")
+    if args.coreset_size > args.pool_size:
+        raise UserError(
+            f"--coreset_size {args.coreset_size} exceeds --pool_size {args.pool_size}: "
+            f"lower it to {args.pool_size} or less"
+        )
+    if args.max_length < 2:
+        raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
+    for package in args.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--report_to {package} needs a package: pip install {package}")
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+
+def demo_rows(split: str, scale: int = 1) -> list[dict]:
+    """A generated, imbalanced mixture of seven instruction sources; four lie below the mean size."""
+    rng = random.Random(f"colm demo {split}")
+    words = "ant bee cat dog elk fox gnu hen ibis jay kite lynx mole newt owl pig".split()
+
+    def sentence(low=2, high=5):
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    def numbers():
+        return rng.randint(0, 99), rng.randint(0, 99)
+
+    def make(source):
+        text, (a, b) = sentence(), numbers()
+        return {
+            "repeat": (f"Repeat: {text}", text),
+            "reverse": (f"Reverse the words: {text}", " ".join(text.split()[::-1])),
+            "compare": (f"Which is larger, {a} or {b}?", str(max(a, b))),
+            "add": (f"Add {a} and {b}.", f"{a} + {b} = {a + b}"),
+            "count": (f"How many words: {text}", str(len(text.split()))),
+            "sort": (f"Sort the words: {text}", " ".join(sorted(text.split()))),
+            "last": (f"Name the last word: {text}", text.split()[-1]),
+        }[source]
+
+    sizes = {"repeat": 60, "reverse": 40, "compare": 30, "add": 8, "count": 6, "sort": 4, "last": 2}
+    rows = [(source, *make(source)) for source, size in sizes.items() for _ in range(size * scale)]
+    return [{"source": source, "instruction": prompt, "output": answer} for source, prompt, answer in rows]
+
+
+def read_rows(path: str) -> tuple[list[dict], list[str]]:
+    """Rows of a file or hub dataset, and where each stands, for error messages."""
+    file = Path(path)
+    if not file.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and not re.search(r"\.(jsonl?|gz)$", path):
+            return read_hub(path)
+        raise UserError(f"{path} does not exist: give a .json or .jsonl file, or a hub dataset id such as org/name")
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as f:
+            text = f.read()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} can't be read ({error}): give a UTF-8 .json or .jsonl file, plain or .gz") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty: give a file with at least --pool_size rows")
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}): mend that line") from None
+        return rows, [f"{path} row {i + 1}" for i in range(len(rows))]
+    rows, places = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number}: broken JSON ({error.msg}): mend that line") from None
+            places.append(f"{path} line {number}")
+    return rows, places
+
+
+def read_hub(name: str) -> tuple[list[dict], list[str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{name} is no file; a hub dataset needs a package: pip install datasets") from None
+    path, _, split = name.partition(":")
+    try:
+        rows = list(load_dataset(path, split=split or "train"))
+    except Exception as error:  # the hub's errors have no common class
+        raise UserError(
+            f"{name}: {' '.join(str(error).split())[:200]}: give a file or a reachable dataset id"
+        ) from None
+    return rows, [f"{name} row {i + 1}" for i in range(len(rows))]
+
+
+def prompt_and_completion(row: dict, place: str, tokenizer) -> tuple[str, str]:
+    """The two texts of a row; the prompt carries no loss."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is a {type(row).__name__}: every row must be a JSON object")
+    if "messages" in row:
+        return chat_texts(row["messages"], place, tokenizer)
+    names = ("prompt", "completion") if "prompt" in row else ("instruction", "output")
+    for name in names + (("input",) if row.get("input") and names[0] == "instruction" else ()):
+        if name not in row:
+            raise UserError(
+                f"{place} has no field {name!r}: give instruction and output, prompt and completion, or messages"
+            )
+        if not isinstance(row[name], str):
+            raise UserError(f"{place}: field {name!r} is a {type(row[name]).__name__}: it must be a string")
+    if names[0] == "prompt":
+        return row["prompt"], row["completion"]
+    if row.get("input"):
+        head = f"{PROMPT_WITH_INPUT}### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}"
+    else:
+        head = f"{PROMPT}### Instruction:\n{row['instruction']}"
+    return head + "\n\n### Response:", row["output"]
+
+
+def chat_texts(messages, place: str, tokenizer) -> tuple[str, str]:
+    """The last assistant turn is the completion; everything before it is the prompt."""
+    well_formed = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise UserError(f"{place}: messages must be a list of role and content that ends with an assistant's turn")
+    if not tokenizer.chat_template:
+        raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates raise what their authors chose, such as "roles must alternate"
+        raise UserError(f"{place}: the chat template refuses these messages ({error}): mend the row") from None
+    if not whole.startswith(prompt):  # templates that add a thinking block to the generation prompt, for instance
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False)
+        if not whole.startswith(prompt):
+            raise UserError(f"{place}: the chat template rewrites earlier turns: use prompt and completion")
+    return prompt, whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
+
+
+@dataclass
+class TokenizedRows:
+    """Token ids of all rows in one flat tensor; row i is ids[offsets[i]:offsets[i + 1]]."""
+
+    ids: Tensor  # int32
+    offsets: list[int]
+    prompts: list[int]  # prompt tokens of each row
+    sources: Tensor  # [rows] into names
+    numbers: Tensor  # [rows] 0-based row numbers of the file
+    names: list[str]
+    shortened: int
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def example(self, i: int) -> tuple[Tensor, int]:
+        return self.ids[self.offsets[i] : self.offsets[i + 1]], self.prompts[i]
+
+    def length(self, i: int) -> int:
+        return self.offsets[i + 1] - self.offsets[i]
+
+    def fingerprint(self) -> str:
+        """Equal for equal training data: what a resumed run compares."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        digest.update(repr((self.offsets[-1], self.prompts, self.sources.tolist(), self.names)).encode())
+        return f"{len(self)} rows {digest.hexdigest()[:16]}"
+
+
+def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
+    """Tokenise prompts and completions apart, add EOS, shorten long prompts from the left, drop what can't be kept."""
+    unnamed = next((i for i, r in enumerate(rows) if isinstance(r, dict) and r.get(args.source_field) is None), None)
+    has_sources = any(isinstance(row, dict) and row.get(args.source_field) is not None for row in rows)
+    if has_sources and unnamed is not None:
+        raise UserError(f"{places[unnamed]} has no field {args.source_field!r}, other rows do: name its source")
+    names, of_name = list(names), {}
+    ids, offsets, prompts, sources, numbers, shortened, dropped = [], [0], [], [], [], 0, 0
+    for start in tqdm(range(0, len(rows), 1000), "tokenising", unit="k rows", disable=not show, leave=False):
+        part = range(start, min(start + 1000, len(rows)))
+        texts = [prompt_and_completion(rows[i], places[i], tokenizer) for i in part]
+        chat = [isinstance(rows[i], dict) and "messages" in rows[i] for i in part]  # the template has added BOS
+        heads = tokenizer([t[0] for t in texts], add_special_tokens=True, verbose=False)["input_ids"]
+        bare = tokenizer([t[0] for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        tails = tokenizer([t[1] for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        for i, is_chat, head, plain, tail in zip(part, chat, heads, bare, tails):
+            head, tail = plain if is_chat else head, tail + [tokenizer.eos_token_id]
+            bos = int(bool(head) and head[0] == tokenizer.bos_token_id)
+            room = args.max_length - len(tail)
+            if room < 1 or room <= bos < len(head) or not (head or len(tail) > 1):
+                dropped += 1
+                continue
+            if len(head) > room:
+                head, shortened = head[:bos] + head[len(head) - (room - bos) :], shortened + 1
+            name = str(rows[i][args.source_field]) if has_sources else "all"
+            if name not in of_name and name not in names:
+                names.append(name)
+            of_name.setdefault(name, names.index(name))
+            ids.append(torch.tensor(head + tail, dtype=torch.int32))
+            offsets.append(offsets[-1] + len(ids[-1]))
+            prompts.append(len(head))
+            sources.append(of_name[name])
+            numbers.append(i)
+    if not ids:
+        raise UserError(f"{places[0].rsplit(' ', 2)[0]}: no row has a completion within --max_length: raise it")
+    return TokenizedRows(
+        torch.cat(ids), offsets, prompts, torch.tensor(sources), torch.tensor(numbers), names, shortened, dropped
+    )
+
+
+# ------------------------------------------------------------------------------------------------- model and adapters
+
+LORA_TARGETS = {  # q, k, v, o unless the paper or the architecture says otherwise (Appendix C)
+    "phi": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
+    "phi3": ["qkv_proj", "o_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value", "dense"],
+}
+
+
+def load_tokenizer(args):
+    if args.model is None:
+        return demo_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # the hub, the tokenizers library and remote code each raise their own kinds
+        raise UserError(
+            f"--model {args.model}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}): "
+            "give a folder with config.json and a tokenizer, or a reachable hub id"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no EOS token, which ends every completion: set one")
+    return tokenizer
+
+
+def demo_tokenizer():
+    """A byte-level BPE of 512 tokens, trained on the generated mixture in a blink."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    texts = ("".join(prompt_and_completion(row, "", None)) for row in demo_rows("train"))
+    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<|end|>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def load_model(args, accelerator: Accelerator, tokenizer):
+    """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(args.seed)
+    if args.model is None:
+        sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        model = AutoModelForCausalLM.from_config(config)
+        model.name_or_path = str(Path(args.output_dir) / "base")
+    else:
+        half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
+        dtype = torch.bfloat16 if half else torch.float32
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:200]}: give a causal LM") from None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"--model {args.model}: tokenizer of {len(tokenizer)} ids, embedding of {rows}: use its own")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
+    return add_lora(model, args) if args.lora_r else model
+
+
+def add_lora(model, args):
+    import peft
+
+    default = LORA_TARGETS.get(model.config.model_type, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    targets = args.lora_target_modules or default
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    config = peft.LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(args.seed)  # the same adapters on every rank
+    try:
+        model = peft.get_peft_model(model, config)
+    except ValueError:
+        linear = (
+            name.rpartition(".")[2] for name, m in model.named_modules() if getattr(m, "weight", None) is not None
+        )
+        names = ", ".join(dict.fromkeys(linear))
+        raise UserError(f"--lora_target_modules {' '.join(targets)} is not in the model: choose from {names}") from None
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the large activations
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+def seed_of(*parts) -> int:
+    """A seed for one purpose at one step: no generator needs saving, and none disturbs another."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def generator_of(*parts, device="cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_of(*parts))
+
+
+def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
+    """The large mini-batch M_t^L: rows [N] of step `step`, without replacement within an epoch of rows // N pools."""
+    epoch, position = divmod(step, rows // size)
+    order = torch.randperm(rows, generator=generator_of(seed, "pool", epoch))
+    return order[position * size : (position + 1) * size]
+
+
+def split_by_tokens(lengths: list[int], items: list[int], cap: int) -> list[list[int]]:
+    """Fill micro-batches of at most `cap` padded tokens with items sorted by falling length."""
+    batches: list[list[int]] = []
+    for item in items:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > cap:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """Micro-batches [rank][i] of item numbers: even token shares, then the lowest cap that needs no extra micro-batch.
+
+    All ranks get the same number of micro-batches; an empty one is to be run with weight 0.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = loads.index(min(loads))
+        shares[rank].append(item)
+        loads[rank] += lengths[item]
+    count = max(len(split_by_tokens(lengths, share, max_tokens)) for share in shares)
+    plans = []
+    for share in shares:
+        low, high = 1, max(max_tokens, max(lengths))
+        while low < high:
+            middle = (low + high) // 2
+            if len(split_by_tokens(lengths, share, middle)) <= count:
+                high = middle
+            else:
+                low = middle + 1
+        plan = split_by_tokens(lengths, share, high)
+        plans.append(plan + [[]] * (count - len(plan)))
+    return plans
+
+
+# ------------------------------------------------------------------------------------------ a run, and its collectives
+
+
+@dataclass
+class Run:
+    args: argparse.Namespace
+    accelerator: Accelerator
+    tokenizer: object
+    train: TokenizedRows
+    evaluation: TokenizedRows | None
+    keep: set[int]  # ids of the sources kept whole
+    model: torch.nn.Module  # as prepared: what training calls
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    probe: VProjectionProbe
+    hook: LabelledLogits
+    moments: AdamMoments
+    stop: bool = False  # SIGTERM came
+
+    @property
+    def inner(self) -> torch.nn.Module:
+        """What probing and evaluation call: DDP's own forward would arm its reducer; FSDP2's gathers the weights."""
+        return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
+
+    def micro_batches(self, data: TokenizedRows, rows: list[int], max_tokens: int):
+        """This rank's micro-batches: (item numbers into `rows`, batch on the device); no items mark a stand-in."""
+        lengths = [data.length(row) for row in rows]
+        shortest = lengths.index(min(lengths))
+        for items in plan_micro_batches(lengths, max_tokens, self.ranks)[self.accelerator.process_index]:
+            batch = collate([data.example(rows[i]) for i in items or [shortest]])
+            yield items, batch.to(self.accelerator.device)
+
+    # every collective of this file stands in the next four methods
+
+    @property
+    def ranks(self) -> int:
+        return self.accelerator.num_processes
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.ranks > 1 else tensor
+
+    def from_main(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank."""
+        return broadcast(tensor.to(self.accelerator.device)).cpu() if self.ranks > 1 else tensor
+
+    def clip(self) -> Tensor:
+        """Clip the gradients to --max_grad_norm; returns the norm before."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def state(self) -> dict:
+        """Trained weights and optimizer state, whole and on the host, on every rank."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        model = get_model_state_dict(self.model, options=options)
+        return {"model": model, "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options)}
+
+
+# ------------------------------------------------------------------------------- one step: pool, probe, select, train
+
+
+@dataclass
+class Choice:
+    """The coreset of one step, as positions in the pool."""
+
+    index: Tensor  # [K]
+    weight: Tensor  # [K]
+    kept: Tensor  # positions of the small sources' rows
+    probe_tokens: int = 0
+    skipped_probes: int = 0
+    history: tuple = ()  # sum of g, sum of g^2, count of the selected big-source examples
+
+
+def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
+    """Steps 1 to 6 of the method on one pool."""
+    args, sources = run.args, run.train.sources[pool]
+    k = min(args.coreset_size, len(pool))
+    generator = generator_of(args.seed, "pick", step)
+    is_kept = torch.isin(sources, torch.tensor(sorted(run.keep), dtype=sources.dtype))
+    if args.selection == "full":
+        return Choice(torch.arange(len(pool)), torch.ones(len(pool)), is_kept.nonzero()[:, 0])
+    if args.selection == "random":
+        is_kept = torch.zeros_like(is_kept)
+    kept = is_kept.nonzero()[:, 0]
+    if args.selection != "colm" or len(kept) >= k:
+        shuffled = torch.randperm(len(pool), generator=generator)
+        shuffled = shuffled[is_kept[shuffled].sort(descending=True, stable=True).indices]  # kept ones first
+        return Choice(shuffled[:k], torch.ones(k), kept)
+
+    probed = (~is_kept).nonzero()[:, 0]  # kept examples need no probe
+    gradients, mine = probe_pool(run, pool[probed], step)
+    clock.mark("probe")
+    # SPSA: every rank holds all derivatives and does the rest alone. Exact gradients: each rank holds its own rows.
+    add_up = run.add_up if args.probe == "grad" else lambda tensor: tensor
+    present, local = sources[probed].unique(return_inverse=True)
+    device = run.accelerator.device
+    own = sparse_features(
+        gradients, local[mine], run.moments, args.sparsify_dims, device, len(present), gradients.finite(), add_up
+    )
+    features = own.new_zeros(len(pool), own.shape[1])
+    features[probed[mine].to(device)] = own
+    features = add_up(features)
+    coreset = select_coreset(features, sources, k, run.keep, args.sparsify_dims, args.similarity)
+    index = run.from_main(coreset.index)
+    chosen = torch.isin(probed, index)  # [n] the medoids among the probed
+    history = (*map(add_up, gradients.sums(chosen[mine], device)), int(chosen.sum()))
+    skipped = int((~features.isfinite().all(1)).sum())
+    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
+    return Choice(index, coreset.weight, kept, tokens, skipped, history)
+
+
+def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor]:
+    """Zeroth-order or exact gradients of the last V projection for dataset `rows`, and which of them this rank holds."""
+    args, probe, device = run.args, run.probe, run.accelerator.device
+    run.model.eval()
+    gradients, mine, derivatives, budget = PoolGradients(probe.dims), [], None, args.max_tokens_per_micro_batch
+    if args.probe == "spsa":
+        gradients.z = directions(args, probe, step, device)
+        gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
+        budget = max(1, budget // args.num_directions)  # the head sees 2 copies of a row for each direction
+    for items, batch in run.micro_batches(run.train, rows.tolist(), budget):
+
+        def losses(batch=batch):
+            with run.accelerator.autocast():
+                return example_losses(run.inner, run.hook, batch)
+
+        if args.probe == "spsa":
+            values = probe.spsa(losses, gradients.z, args.spsa_eps, args.spsa_float32)  # [B, directions]
+            derivatives[torch.tensor(items, dtype=torch.long, device=device)] = values[: len(items)].float()
+        else:
+            values = probe.gradients(losses)  # [B, D]
+            gradients.add(values[: len(items)])
+        mine += items
+    run.model.train()
+    if args.probe == "spsa":
+        gradients.derivatives = run.add_up(derivatives)
+        mine = range(len(rows))
+    return gradients, torch.tensor(mine, dtype=torch.long)
+
+
+def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
+    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5)."""
+    generator = generator_of(args.seed, "direction", step if args.direction == "step" else "run", device=device)
+    return torch.randn(args.num_directions, *probe.shape, generator=generator, device=device)
+
+
+def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
+    """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
+    torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))
+    share = (weights.double() / weights.double().sum()).float().to(run.accelerator.device)  # [K], sums to 1
+    batches = list(run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch))
+    total = torch.zeros((), device=run.accelerator.device)
+    for i, (items, batch) in enumerate(batches):
+        with run.accelerator.no_sync(run.model) if i + 1 < len(batches) else nullcontext():
+            with run.accelerator.autocast():
+                losses = example_losses(run.model, run.hook, batch)[0]  # [B]
+            loss = (losses * share[items]).sum() if items else losses.sum() * 0
+            run.accelerator.backward(loss * run.ranks)  # DDP and FSDP take the mean over ranks
+        total += loss.detach()
+    return run.add_up(total)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict:
+    """Held-out loss: mean over examples, mean over sources, per token, and per source."""
+    data, device = run.evaluation, run.accelerator.device
+    sums = torch.zeros(len(data.names), 4, dtype=torch.float64, device=device)  # loss, examples, token loss, tokens
+    run.model.eval()
+    for items, batch in run.micro_batches(data, list(range(len(data))), run.args.max_tokens_per_micro_batch):
+        with run.accelerator.autocast():
+            losses = example_losses(run.inner, run.hook, batch)[0].double()
+        values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
+        sums.index_add_(0, data.sources[items].to(device), values[: len(items)])
+    run.model.train()
+    sums = run.add_up(sums).cpu()
+    seen = (sums[:, 1] > 0).nonzero()[:, 0].tolist()
+    per_source = {data.names[q]: (sums[q, 0] / sums[q, 1]).item() for q in seen}
+    loss, examples, token_loss, tokens = sums.sum(0).tolist()
+    return {
+        "eval_loss": loss / examples,
+        "eval_loss_source_mean": sum(per_source.values()) / len(per_source),
+        "eval_loss_per_token": token_loss / tokens,
+        "eval_loss_of": per_source,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- clocks and records
+
+
+class Clock:
+    """Seconds and peak memory of the phases of a step, read once at its end so that the device never waits."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple] = []
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        if self.cuda:
+            now, peak = torch.cuda.Event(enable_timing=True), torch.cuda.max_memory_allocated()
+            now.record()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.marks.append((name, now, peak / 1e9))
+
+    def read(self) -> dict:
+        """{phase}_s and {phase}_gb since the mark before, step_s and peak_gb over all."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+        def seconds(a, b):
+            return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+
+        record = {f"{name}_{unit}": 0.0 for name in ("probe", "select", "train") for unit in ("s", "gb")}
+        for (_, before, _), (name, now, peak) in zip(self.marks, self.marks[1:]):
+            record |= {f"{name}_s": seconds(before, now), f"{name}_gb": peak}
+        record["step_s"] = seconds(self.marks[0][1], self.marks[-1][1])
+        record["peak_gb"] = max(peak for _, _, peak in self.marks[1:])
+        return {key: round(value, 6) for key, value in record.items()}
+
+
+def append(path: Path, record: dict) -> None:
+    with open(path, "a") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
+    """Records up to `last_step`; a line that a kill cut short ends them."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= last_step:
+            records.append(record)
+    return records
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop the records that a resumed run will write again."""
+    for name in ("metrics.jsonl", "selection.jsonl", "eval.jsonl"):
+        records = read_records(folder / name, step)
+        with replacing(folder / name) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@contextmanager
+def replacing(path: Path):
+    """Write `path` (a file or a folder) aside and rename it: a kill at any instant leaves the old one or the new one."""
+    aside = path.with_name(f"tmp-{path.name}")
+    try:
+        yield aside
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    finally:
+        remove(aside)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def save_checkpoint(run: Run, step: int) -> Path:
+    """State after `step` optimizer steps. Every rank takes part in gathering it; rank 0 writes."""
+    state = run.state() | {"scheduler": run.scheduler.state_dict(), "moments": run.moments.state_dict(), "step": step}
+    folder = Path(run.args.output_dir)
+    path = folder / f"checkpoint-{step:06d}"
+
+    def write():
+        with replacing(path) as aside:
+            remove(aside)
+            aside.mkdir()
+            (aside / "settings.json").write_text(json.dumps(settings_of(run.args, run.train), indent=1))
+            torch.save(state, aside / "state.pt")
+        for old in checkpoints(folder)[: -run.args.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    on_main(run, write, f"checkpoint of step {step}")
+    return path
+
+
+def on_main(run: Run, write, what: str) -> None:
+    """Rank 0 writes; all ranks learn whether it could."""
+    problem = None
+    if run.accelerator.is_main_process:
+        try:
+            write()
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            problem = error
+    if run.add_up(torch.tensor(float(problem is not None), device=run.accelerator.device)):
+        raise UserError(
+            f"the {what} could not be written ({' '.join(str(problem).split())[:160]}): free space in "
+            f"{run.args.output_dir}, then go on from the last checkpoint with --resume auto"
+        )
+
+
+def settings_of(args, train: TokenizedRows) -> dict:
+    return {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME} | {"training data": train.fingerprint()}
+
+
+def find_checkpoint(args, folder: Path) -> Path | None:
+    """The checkpoint to resume from, after checking that the output folder may be used."""
+    if args.resume not in (None, "auto"):
+        path = Path(args.resume)
+        if not (path / "state.pt").exists() or not (path / "settings.json").exists():
+            raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
+        return path
+    found = checkpoints(folder)
+    if args.resume is None and not args.overwrite and (found or (folder / "metrics.jsonl").exists()):
+        raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
+    return found[-1] if found and args.resume == "auto" else None
+
+
+def check_settings(args, train: TokenizedRows, checkpoint: Path) -> None:
+    saved = json.loads((checkpoint / "settings.json").read_text())
+    for name, value in settings_of(args, train).items():
+        if saved.get(name) != value:
+            name = name if " " in name else f"--{name}"
+            raise UserError(
+                f"{name} is {value}, but {checkpoint} was made with {saved.get(name.removeprefix('--'))}: "
+                "use the same, or start another --output_dir"
+            )
+
+
+def load_checkpoint(run: Run, path: Path) -> int:
+    """Restore everything; returns the number of steps done."""
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(run.model, state["model"], options=options)
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
+    run.scheduler.load_state_dict(state["scheduler"])
+    moments = {k: v.to(run.accelerator.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
+    run.moments.load_state_dict(moments)
+    return state["step"]
+
+
+def save_final(run: Run) -> Path:
+    """A PEFT adapter, or the whole model, with its tokenizer."""
+    weights = run.state()["model"]
+    model = run.accelerator.unwrap_model(run.model)
+    folder = Path(run.args.output_dir)
+
+    def write():
+        with replacing(folder / "final") as aside:
+            remove(aside)
+            model.save_pretrained(aside, state_dict=weights)
+            run.tokenizer.save_pretrained(aside)
+
+    on_main(run, write, "final model")
+    return folder / "final"
+
+
+# ------------------------------------------------------------------------------------------------------------- set-up
+
+
+def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows | None, set[int]]:
+    """Training rows, held-out rows and the ids of the sources that are kept whole."""
+    rows, places = read_rows(args.train_file) if args.train_file else (demo_rows("train", 10), None)
+    train = tokenize(rows, places or [f"demo row {i + 1}" for i in range(len(rows))], tokenizer, args, [], show)
+    if len(train) < args.pool_size:
+        raise UserError(
+            f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
+            f"--max_length {args.max_length}): lower it to {len(train)} or less"
+        )
+    counts = dict(enumerate(torch.bincount(train.sources).tolist()))
+    keep = set()
+    if args.keep_sources == ["auto"]:
+        if train.names == ["all"] and args.selection in ("colm", "random_keep"):
+            raise UserError(
+                f"no row has a field {args.source_field!r}, which --keep_sources auto needs: name the field with "
+                "--source_field, or treat all rows as one source with --keep_sources none"
+            )
+        keep = small_sources(counts)
+    elif args.keep_sources != ["none"]:
+        for name in args.keep_sources:
+            if name not in train.names:
+                raise UserError(f"--keep_sources {name} is no source: choose auto, none or of {', '.join(train.names)}")
+        keep = {train.names.index(name) for name in args.keep_sources}
+    held_out = None
+    if args.eval_file or not args.train_file:
+        rows, places = read_rows(args.eval_file) if args.eval_file else (demo_rows("eval"), None)
+        places = places or [f"demo row {i + 1}" for i in range(len(rows))]
+        held_out = tokenize(rows, places, tokenizer, args, train.names, show)
+    return train, held_out, keep
+
+
+def make_accelerator(args) -> Accelerator:
+    accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UserError(f"fsdp_version {plugin.fsdp_version} is not supported: set fsdp_version: 2")
+        if plugin.activation_checkpointing:
+            raise UserError(
+                "fsdp_activation_checkpointing redraws LoRA's dropout: use --gradient_checkpointing instead"
+            )
+        if accelerator.mixed_precision == "bf16":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # gather in bf16, but add gradients of the fp32 adapters up in fp32
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    elif accelerator.distributed_type not in (
+        *(DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
+    ):
+        raise UserError(f"{accelerator.distributed_type} is not supported: use one device, DDP or FSDP2")
+    if args.coreset_size < accelerator.num_processes:
+        raise UserError(
+            f"--coreset_size {args.coreset_size} is below the {accelerator.num_processes} processes: raise it to "
+            f"{accelerator.num_processes} or more"
+        )
+    return accelerator
+
+
+def build_run(args, accelerator, tokenizer, train, held_out, keep) -> Run:
+    from transformers import get_scheduler
+
+    model = load_model(args, accelerator, tokenizer)
+    try:
+        VProjectionProbe(model, args.probe_module)  # before anything is wrapped or written
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if accelerator.is_main_process and args.model is None and args.lora_r:
+        model.get_base_model().save_pretrained  # noqa: B018
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=accelerator.device.type == "cuda"
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
+    optimizer = optimizer.optimizer
+    warmup = math.ceil(args.warmup_ratio * args.max_steps)
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, warmup, args.max_steps)
+    run = Run(
+        *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
+        probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
+        hook=LabelledLogits(accelerator.unwrap_model(model)),
+        moments=AdamMoments(optimizer.defaults["betas"]),
+    )
+    if args.compile:
+        for layer in run.probe.layers[:-1]:  # the last one carries the probe's hooks
+            layer.compile(dynamic=True)
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+def train_loop(run: Run, start: int) -> None:
+    """The hand-rolled loop, from `start` steps done to --max_steps."""
+    args, accelerator, folder = run.args, run.accelerator, Path(run.args.output_dir)
+    device = accelerator.device
+    run.model.train()
+    if run.evaluation is not None and start == 0:
+        log_evaluation(run, 0)
+    bar = tqdm(
+        range(start, args.max_steps), initial=start, total=args.max_steps, disable=not accelerator.is_main_process
+    )
+    for step in bar:
+        clock = Clock(device)
+        pool = draw_pool(len(run.train), args.pool_size, args.seed, step)
+        choice = choose_coreset(run, pool, step, clock)
+        clock.mark("select")
+
+        rows = pool[choice.index]
+        weights = choice.weight.float() if args.medoid_weights == "cluster" else torch.ones(len(rows))
+        loss = train_on(run, rows, weights, step)
+        norm = run.clip()
+        if not math.isfinite(loss.item() + norm.item()):
+            path = save_checkpoint(run, step)
+            raise UserError(
+                f"loss {loss.item()} and gradient norm {norm.item()} at step {step + 1} are not finite: lower "
+                f"--learning_rate; the state before this step is in {path}"
+            )
+        lr = run.scheduler.get_last_lr()[0]
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if choice.history:
+            run.moments.update_from_sums(*choice.history)
+        clock.mark("train")
+
+        done = step + 1
+        record = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "pool": len(pool)}
+        record |= {"kept": len(choice.kept), "selected": len(rows), "skipped_probes": choice.skipped_probes}
+        record |= {"tokens": sum(map(run.train.length, rows.tolist())), "probe_tokens": choice.probe_tokens}
+        record |= clock.read()
+        bar.set_postfix(loss=f"{record['loss']:.4f}")
+        if accelerator.is_main_process:
+            number = run.train.numbers
+            picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
+            append(folder / "metrics.jsonl", record)
+            append(folder / "selection.jsonl", {"step": done} | {k: number[v].tolist() for k, v in picked.items()})
+        if args.report_to:
+            accelerator.log(record, step=done)
+        last = done == args.max_steps
+        if run.evaluation is not None and (last or (args.eval_every and done % args.eval_every == 0)):
+            log_evaluation(run, done)
+        stop = bool(run.add_up(torch.tensor(float(run.stop), device=device)))
+        if stop or (args.save_every and (last or done % args.save_every == 0)):
+            path = save_checkpoint(run, done)
+        if stop and not last:
+            accelerator.print(f"stopped by SIGTERM after step {done}: go on from {path} with --resume auto")
+            raise SystemExit(0)
+
+
+def log_evaluation(run: Run, step: int) -> None:
+    record = {"step": step} | evaluate(run)
+    if run.accelerator.is_main_process:
+        append(Path(run.args.output_dir) / "eval.jsonl", record)
+    if run.args.report_to:
+        flat = {k: v for k, v in record.items() if isinstance(v, float)}
+        run.accelerator.log(flat | {f"eval_loss/{k}": v for k, v in record["eval_loss_of"].items()}, step=step)
+
+
+def summary(run: Run, final: Path) -> str:
+    """What a reader wants to know at the end of a run."""
+    folder, data = Path(run.args.output_dir), run.train
+    evals, metrics = read_records(folder / "eval.jsonl"), read_records(folder / "metrics.jsonl")
+    if evals:
+        before, after, what = evals[0]["eval_loss"], evals[-1]["eval_loss"], "held-out loss"
+    else:
+        tenth = max(1, len(metrics) // 10)
+        before = sum(r["loss"] for r in metrics[:tenth]) / tenth
+        after, what = sum(r["loss"] for r in metrics[-tenth:]) / tenth, "training loss, first and last tenth"
+    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist()))
+    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
+    for record in read_records(folder / "selection.jsonl"):
+        for key, tally in counts.items():
+            for row in record[key]:
+                tally[source_of[row]] += 1
+    sizes = torch.bincount(data.sources, minlength=len(data.names)).tolist()
+    lines = [f"\n{what}: {before:.4f} -> {after:.4f} in {len(metrics)} steps"]
+    lines += [f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}"]
+    for q, name in enumerate(data.names):
+        small = "  (kept whole)" if q in run.keep else ""
+        lines += [f"{name[:32]:<32} {sizes[q]:>8} " + " ".join(f"{counts[k][q]:>8}" for k in counts) + small]
+    if data.shortened or data.dropped:
+        lines += [f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length"]
+    kind = "adapter" if run.args.lora_r else "model"
+    return "\n".join([*lines, f"{kind}: {final}"])
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    folder = Path(args.output_dir)
+    checkpoint = find_checkpoint(args, folder)
+    tokenizer = load_tokenizer(args)
+    is_main = os.environ.get("RANK", "0") == "0"
+    train, held_out, keep = load_data(args, tokenizer, show=is_main)
+    args.max_steps = args.max_steps or max(1, int(args.num_epochs * (len(train) // args.pool_size)))
+    if checkpoint:
+        check_settings(args, train, checkpoint)
+    accelerator = make_accelerator(args)
+    run = build_run(args, accelerator, tokenizer, train, held_out, keep)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+    start = load_checkpoint(run, checkpoint) if checkpoint else 0
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.glob("tmp-*"), *(checkpoints(folder) if args.overwrite else [])]:
+            remove(leftover)
+        rewind(folder, start if checkpoint else -1)
+    accelerator.wait_for_everyone()
+    if args.report_to:
+        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers("colm", config=plain)
+    small = ", ".join(train.names[q] for q in sorted(keep)) or "none"
+    accelerator.print(f"{len(train)} rows of {len(train.names)} sources; kept whole: {small}")
+    train_loop(run, start)
+    final = save_final(run)
+    accelerator.print(summary(run, final) if accelerator.is_main_process else "")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
