@@ -54,7 +54,6 @@ from tqdm.auto import tqdm
 
 from colm_core import (
     AdamMoments,
-    Coreset,
     LabelledLogits,
     PoolGradients,
     VProjectionProbe,
@@ -444,6 +443,8 @@ def load_model(args, accelerator: Accelerator, tokenizer):
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
         config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
         model = AutoModelForCausalLM.from_config(config)
+        if args.lora_r and accelerator.is_main_process:
+            model.save_pretrained(Path(args.output_dir) / "base")  # what the adapter will name as its base model
         model.name_or_path = str(Path(args.output_dir) / "base")
     else:
         half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
@@ -457,13 +458,16 @@ def load_model(args, accelerator: Accelerator, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"--model {args.model}: tokenizer of {len(tokenizer)} ids, embedding of {rows}: use its own")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
-    return add_lora(model, args) if args.lora_r else model
+    return add_lora(model, args)
 
 
 def add_lora(model, args):
+    """The model with --gradient_checkpointing and LoRA adapters as the flags ask."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
+    if not args.lora_r:
+        return model
     import peft
 
     default = LORA_TARGETS.get(model.config.model_type, ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -964,6 +968,9 @@ def make_accelerator(args) -> Accelerator:
         *(DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
     ):
         raise UserError(f"{accelerator.distributed_type} is not supported: use one device, DDP or FSDP2")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise UserError(f"{launched} processes were launched, but no GPU was found: set ACCELERATE_USE_CPU=true")
     if args.coreset_size < accelerator.num_processes:
         raise UserError(
             f"--coreset_size {args.coreset_size} is below the {accelerator.num_processes} processes: raise it to "
@@ -972,16 +979,14 @@ def make_accelerator(args) -> Accelerator:
     return accelerator
 
 
-def build_run(args, accelerator, tokenizer, train, held_out, keep) -> Run:
+def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run:
+    """Wrap the model for its devices and put probe, optimizer and schedule around it."""
     from transformers import get_scheduler
 
-    model = load_model(args, accelerator, tokenizer)
     try:
         VProjectionProbe(model, args.probe_module)  # before anything is wrapped or written
     except ValueError as error:
         raise UserError(str(error)) from None
-    if accelerator.is_main_process and args.model is None and args.lora_r:
-        model.get_base_model().save_pretrained  # noqa: B018
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=accelerator.device.type == "cuda"
@@ -1112,7 +1117,8 @@ def main(argv: list[str]) -> None:
     if checkpoint:
         check_settings(args, train, checkpoint)
     accelerator = make_accelerator(args)
-    run = build_run(args, accelerator, tokenizer, train, held_out, keep)
+    model = load_model(args, accelerator, tokenizer)
+    run = build_run(args, accelerator, tokenizer, model, train, held_out, keep)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     start = load_checkpoint(run, checkpoint) if checkpoint else 0
     if accelerator.is_main_process:
@@ -1132,12 +1138,17 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-if __name__ == "__main__":
+def cli(argv: list[str]) -> None:
+    """Run, and turn what the user can mend into one line and exit code 2."""
     try:
-        main(sys.argv[1:])
+        main(argv)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])
