@@ -190,11 +190,6 @@ class PoolGradients:
     def _rows(self, part: Tensor) -> Tensor:
         return part if self.derivatives is None else part @ self.z.flatten(1) / len(self.z)
 
-    def finite(self) -> Tensor:
-        """Which examples have a finite probe, [n] bool on the host."""
-        blocks = self.blocks if self.derivatives is None else [self.derivatives]
-        return torch.cat([torch.zeros(0, dtype=torch.bool), *(b.isfinite().all(1).cpu() for b in blocks)])
-
     def sums(self, mask: Tensor, device) -> tuple[Tensor, Tensor]:
         """Sum of g and of g^2 over the examples in `mask` [n], each [D]: what AdamMoments.update_from_sums adds up."""
         total = torch.zeros(2, self.dims, device=device)
@@ -211,26 +206,28 @@ def _no_reduce(tensor: Tensor) -> Tensor:
 def sparse_features(
     gradients: PoolGradients,
     sources: Tensor,
+    num_sources: int,
     moments: AdamMoments,
     h: int,
     device,
-    num_sources: int,
-    finite: Tensor,
     reduce: Callable[[Tensor], Tensor] = _no_reduce,
 ) -> Tensor:
     """Adam-normalised features on each source's h largest coordinates, [n, min(h, D)] (4.2), in two chunked passes.
 
-    `reduce` sums a tensor over the ranks when each holds other rows; examples that are not `finite` count for nothing.
+    `sources` [n] lie in 0..num_sources - 1. `reduce` sums a tensor over the ranks when each holds other rows. A row that
+    is not finite counts for nothing in the choice of coordinates and stays not finite.
     """
+    sources = sources.to(device)
     sums = torch.zeros(num_sources, gradients.dims, device=device)
     for rows, g in gradients.chunks(device):
-        f = moments.normalize(g).masked_fill_(~finite[rows].to(device)[:, None], 0)  # [chunk, D]
-        sums.index_add_(0, sources[rows].to(device), f)
+        f = moments.normalize(g)  # [chunk, D]
+        sums.index_add_(0, sources[rows], f.masked_fill_(~g.isfinite().all(1, keepdim=True), 0))
     coordinates = largest_coordinates(reduce(sums), h)  # [S, h]
-    features = [
-        moments.normalize(g).gather(1, coordinates[sources[rows].to(device)]) for rows, g in gradients.chunks(device)
-    ]
-    return torch.cat([sums.new_zeros(0, coordinates.shape[1]), *features])  # [n, h]
+    features = [sums.new_zeros(0, coordinates.shape[1])]
+    for rows, g in gradients.chunks(device):
+        f = moments.normalize(g).masked_fill_(~g.isfinite().all(1, keepdim=True), math.nan)
+        features.append(f.gather(1, coordinates[sources[rows]]))
+    return torch.cat(features)  # [n, h]
 
 
 # ------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
@@ -292,7 +289,7 @@ class MicroBatch(NamedTuple):
         return MicroBatch(*(t.to(device, non_blocking=True) for t in self))
 
 
-def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBatch:
+def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0, pin: bool = False) -> MicroBatch:
     """Pad (token ids, prompt length) pairs on the right. A causal model needs no attention mask: no real token sees
     the padding, and no padded position predicts anything."""
     lengths = torch.tensor([len(ids) for ids, _ in examples])
@@ -302,7 +299,8 @@ def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBat
     supervised = (column >= first[:, None]) & (column < lengths[:, None])  # [B, T]
     rows, columns = supervised.nonzero(as_tuple=True)
     positions = rows * input_ids.shape[1] + columns - 1
-    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1))
+    batch = MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1))
+    return MicroBatch(*(t.pin_memory() for t in batch)) if pin else batch
 
 
 class LabelledLogits:

@@ -130,7 +130,7 @@ def build_parser() -> Parser:
     add("--max_steps", type=int, help="optimizer steps; goes before --num_epochs")
     add("--num_epochs", type=float, default=1.0, help="passes of the pools over the data")
     add("--max_length", type=int, default=512, help="tokens; longer prompts are shortened from the left")
-    add("--max_tokens_per_micro_batch", type=int, default=8192)
+    add("--max_tokens_per_micro_batch", type=int, default=4096)
     add("--gradient_checkpointing", action=flag, default=False)
     add("--compile", action=flag, default=False, help="compile the decoder layers")
     # the run
@@ -568,6 +568,7 @@ class Run:
     probe: VProjectionProbe
     hook: LabelledLogits
     moments: AdamMoments
+    trained: list[torch.nn.Parameter]
     stop: bool = False  # SIGTERM came
 
     @property
@@ -576,12 +577,25 @@ class Run:
         return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
 
     def micro_batches(self, data: TokenizedRows, rows: list[int], max_tokens: int):
-        """This rank's micro-batches: (item numbers into `rows`, batch on the device); no items mark a stand-in."""
+        """This rank's micro-batches: (item numbers into `rows`, batch on the device, is it the last?).
+
+        No items mark a stand-in. Each is collated while the device works on the one before.
+        """
         lengths = [data.length(row) for row in rows]
         shortest = lengths.index(min(lengths))
-        for items in plan_micro_batches(lengths, max_tokens, self.ranks)[self.accelerator.process_index]:
-            batch = collate([data.example(rows[i]) for i in items or [shortest]])
-            yield items, batch.to(self.accelerator.device)
+        plan = plan_micro_batches(lengths, max_tokens, self.ranks)[self.accelerator.process_index]
+        for i, items in enumerate(plan):
+            batch = collate([data.example(rows[i]) for i in items or [shortest]], pin=self.device.type == "cuda")
+            yield items, batch.to(self.device), i + 1 == len(plan)
+
+    def mode(self, training: bool) -> None:
+        """Switch dropout on or off; the walk over thousands of modules takes milliseconds, so only when it changes."""
+        if self.model.training != training:
+            self.model.train(training)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     # every collective of this file stands in the next four methods
 
@@ -598,8 +612,7 @@ class Run:
 
     def clip(self) -> Tensor:
         """Clip the gradients to --max_grad_norm; returns the norm before."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def state(self) -> dict:
@@ -646,10 +659,8 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     # SPSA: every rank holds all derivatives and does the rest alone. Exact gradients: each rank holds its own rows.
     add_up = run.add_up if args.probe == "grad" else lambda tensor: tensor
     present, local = sources[probed].unique(return_inverse=True)
-    device = run.accelerator.device
-    own = sparse_features(
-        gradients, local[mine], run.moments, args.sparsify_dims, device, len(present), gradients.finite(), add_up
-    )
+    device = run.device
+    own = sparse_features(gradients, local[mine], len(present), run.moments, args.sparsify_dims, device, add_up)
     features = own.new_zeros(len(pool), own.shape[1])
     features[probed[mine].to(device)] = own
     features = add_up(features)
@@ -664,14 +675,14 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
 
 def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor]:
     """Zeroth-order or exact gradients of the last V projection for dataset `rows`, and which of them this rank holds."""
-    args, probe, device = run.args, run.probe, run.accelerator.device
-    run.model.eval()
+    args, probe, device = run.args, run.probe, run.device
+    run.mode(training=False)
     gradients, mine, derivatives, budget = PoolGradients(probe.dims), [], None, args.max_tokens_per_micro_batch
     if args.probe == "spsa":
         gradients.z = directions(args, probe, step, device)
         gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
         budget = max(1, budget // args.num_directions)  # the head sees 2 copies of a row for each direction
-    for items, batch in run.micro_batches(run.train, rows.tolist(), budget):
+    for items, batch, _ in run.micro_batches(run.train, rows.tolist(), budget):
 
         def losses(batch=batch):
             with run.accelerator.autocast():
@@ -684,7 +695,7 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
             values = probe.gradients(losses)  # [B, D]
             gradients.add(values[: len(items)])
         mine += items
-    run.model.train()
+    run.mode(training=True)  # while the device is busy
     if args.probe == "spsa":
         gradients.derivatives = run.add_up(derivatives)
         mine = range(len(rows))
@@ -700,31 +711,31 @@ def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
 def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
     """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
     torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))
-    share = (weights.double() / weights.double().sum()).float().to(run.accelerator.device)  # [K], sums to 1
-    batches = list(run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch))
-    total = torch.zeros((), device=run.accelerator.device)
-    for i, (items, batch) in enumerate(batches):
-        with run.accelerator.no_sync(run.model) if i + 1 < len(batches) else nullcontext():
+    share = (weights.double() / weights.double().sum()).float()  # [K], sums to 1
+    run.mode(training=True)
+    total = torch.zeros((), device=run.device)
+    for items, batch, last in run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch):
+        with nullcontext() if last else run.accelerator.no_sync(run.model):
             with run.accelerator.autocast():
                 losses = example_losses(run.model, run.hook, batch)[0]  # [B]
-            loss = (losses * share[items]).sum() if items else losses.sum() * 0
+            loss = (losses * share[items].to(run.device)).sum() if items else losses.sum() * 0
             run.accelerator.backward(loss * run.ranks)  # DDP and FSDP take the mean over ranks
         total += loss.detach()
+    run.mode(training=False)  # while the device is busy
     return run.add_up(total)
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
     """Held-out loss: mean over examples, mean over sources, per token, and per source."""
-    data, device = run.evaluation, run.accelerator.device
+    data, device = run.evaluation, run.device
     sums = torch.zeros(len(data.names), 4, dtype=torch.float64, device=device)  # loss, examples, token loss, tokens
-    run.model.eval()
-    for items, batch in run.micro_batches(data, list(range(len(data))), run.args.max_tokens_per_micro_batch):
+    run.mode(training=False)
+    for items, batch, _ in run.micro_batches(data, list(range(len(data))), run.args.max_tokens_per_micro_batch):
         with run.accelerator.autocast():
             losses = example_losses(run.inner, run.hook, batch)[0].double()
         values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
         sums.index_add_(0, data.sources[items].to(device), values[: len(items)])
-    run.model.train()
     sums = run.add_up(sums).cpu()
     seen = (sums[:, 1] > 0).nonzero()[:, 0].tolist()
     per_source = {data.names[q]: (sums[q, 0] / sums[q, 1]).item() for q in seen}
@@ -850,7 +861,7 @@ def on_main(run: Run, write, what: str) -> None:
             write()
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             problem = error
-    if run.add_up(torch.tensor(float(problem is not None), device=run.accelerator.device)):
+    if run.add_up(torch.tensor(float(problem is not None), device=run.device)):
         raise UserError(
             f"the {what} could not be written ({' '.join(str(problem).split())[:160]}): free space in "
             f"{run.args.output_dir}, then go on from the last checkpoint with --resume auto"
@@ -892,7 +903,7 @@ def load_checkpoint(run: Run, path: Path) -> int:
     set_model_state_dict(run.model, state["model"], options=options)
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
     run.scheduler.load_state_dict(state["scheduler"])
-    moments = {k: v.to(run.accelerator.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
+    moments = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
     run.moments.load_state_dict(moments)
     return state["step"]
 
@@ -951,6 +962,8 @@ def make_accelerator(args) -> Accelerator:
     accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
+    torch.backends.cuda.matmul.allow_tf32 = accelerator.mixed_precision == "bf16"  # for SPSA's float32 tail
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
@@ -1001,6 +1014,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
         hook=LabelledLogits(accelerator.unwrap_model(model)),
         moments=AdamMoments(optimizer.defaults["betas"]),
+        trained=[p for p in model.parameters() if p.requires_grad],
     )
     if args.compile:
         for layer in run.probe.layers[:-1]:  # the last one carries the probe's hooks
@@ -1015,7 +1029,6 @@ def train_loop(run: Run, start: int) -> None:
     """The hand-rolled loop, from `start` steps done to --max_steps."""
     args, accelerator, folder = run.args, run.accelerator, Path(run.args.output_dir)
     device = accelerator.device
-    run.model.train()
     if run.evaluation is not None and start == 0:
         log_evaluation(run, 0)
     bar = tqdm(

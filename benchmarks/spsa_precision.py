@@ -37,7 +37,9 @@ def main() -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=1e-3)  # as if some steps had been made
     lengths = (torch.randn(128) * 0.55 + 5.25).exp().clamp(48, 512).long()
-    run = train_colm.build_run(args, accelerator, None, model, synthetic_rows(sizes["vocab_size"], lengths), None, set())
+    run = train_colm.build_run(
+        args, accelerator, None, model, synthetic_rows(sizes["vocab_size"], lengths), None, set()
+    )
     run.model.eval()
     z = train_colm.directions(args, run.probe, 0, device)
     batches = list(run.micro_batches(run.train, list(range(128)), args.max_tokens_per_micro_batch))
@@ -47,13 +49,13 @@ def main() -> None:
             return example_losses(run.inner, run.hook, batch)
 
     def probe(function):
-        return torch.cat([function(lambda batch=batch: losses(batch)) for _, batch in batches])
+        return torch.cat([function(lambda batch=batch: losses(batch)) for _, batch, _ in batches])
 
     exact = probe(run.probe.gradients) @ z[0].flatten()
 
     @torch.no_grad()
     def forward():
-        for _, batch in batches:
+        for _, batch, _ in batches:
             losses(batch)
 
     for _ in range(2):
@@ -72,7 +74,9 @@ def main() -> None:
         both = torch.stack([values.double(), exact.double()])
         peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
         error = ((both[0] - both[1]).norm() / both[1].norm()).item()
-        print(f"{name:<8} correlation {both.corrcoef()[0, 1]:.4f}  relative error {error:.4f}  {seconds:.3f} s  {peak:.1f} GB")
+        print(
+            f"{name:<8} correlation {both.corrcoef()[0, 1]:.4f}  relative error {error:.4f}  {seconds:.3f} s  {peak:.1f} GB"
+        )
 
 
 if __name__ == "__main__":

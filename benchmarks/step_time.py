@@ -16,7 +16,6 @@ import json
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -96,12 +95,11 @@ def one_step(run, mode: str, pool: torch.Tensor, step: int) -> dict:
 
 
 def ideal_step(run, probed: torch.Tensor, rows: torch.Tensor, backward: bool = True) -> None:
-    run.model.eval()
+    run.mode(training=False)
     with torch.no_grad():
-        for _, batch in run.micro_batches(run.train, probed.tolist(), run.args.max_tokens_per_micro_batch):
+        for _, batch, _ in run.micro_batches(run.train, probed.tolist(), run.args.max_tokens_per_micro_batch):
             with run.accelerator.autocast():
                 example_losses(run.inner, run.hook, batch)
-    run.model.train()
     if backward:
         train_colm.train_on(run, rows, torch.ones(len(rows)), 0)
         run.optimizer.zero_grad(set_to_none=True)
@@ -114,7 +112,8 @@ def main() -> None:
     parser.add_argument("--train_file", help="take the lengths of these rows, tokenised with --tokenizer")
     parser.add_argument("--tokenizer", help="folder or hub id")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", help="a mode: print its kernels and write a trace to --output")
+    parser.add_argument("--profile", help="a mode: print its kernels")
+    parser.add_argument("--trace", action="store_true", help="with --profile, write a Chrome trace beside --output")
     parser.add_argument("--output", default="step_time.json")
     own, flags = parser.parse_known_args()
     args = train_colm.build_parser().parse_args(flags)
@@ -142,7 +141,6 @@ def main() -> None:
         lengths = (torch.randn(4096, generator=generator) * 0.55 + 5.25).exp().clamp(48, 512).long()
         train, keep = synthetic_rows(sizes["vocab_size"], lengths), set(range(7))
     run = train_colm.build_run(args, accelerator, None, model, train, None, keep)
-    run.model.train()
     pools = [train_colm.draw_pool(len(train), 256, 0, i) for i in range(own.repeats + 2)]
 
     rate = matrix_rate(device)
@@ -188,15 +186,17 @@ def main() -> None:
         print(f"ft-128: {flops / 1e12:.0f} model TFLOP/s, {flops / rate:.0%} of the matrix rate")
     Path(own.output).write_text(json.dumps({"medians": medians, "records": records}, indent=1, default=str))
     if own.profile:
-        profile(run, own.profile, pools[-1])
+        profile(run, own.profile, pools[-1], own.output + ".trace.json" if own.trace else None)
 
 
-def profile(run, mode: str, pool) -> None:
+def profile(run, mode: str, pool, trace: str | None) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.accelerator.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) if mode else nullcontext() as profiler:
+    with torch.profiler.profile(activities=activities) as profiler:
         one_step(run, mode, pool, 0)
+    if trace:
+        profiler.export_chrome_trace(trace)
     sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=70))
 

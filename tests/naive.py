@@ -1,0 +1,182 @@
+"""Slow twins of colm_core.py: every formula once more as plain loops over Python floats (float64), no tensors.
+
+Rows are lists of lists. Where the paper is silent, the twin follows the docstring of the function that it checks.
+"""
+
+import math
+from fractions import Fraction
+
+# ------------------------------------------------------------------------------------------ sources and budgets (4.1)
+
+
+def small_sources(counts):
+    """Section 4.1: sources with fewer examples than the mean source, |V| / c."""
+    mean = Fraction(sum(counts.values()), max(len(counts), 1))
+    return {source for source, count in counts.items() if count < mean}
+
+
+def allocate_budget(counts, budget):
+    """Section 4.1: proportional shares; floors, then +1 to the smallest (ties: the first), none above its count."""
+    total = sum(counts)
+    budget = min(budget, total)
+    shares = [math.floor(Fraction(count * budget, total)) if total else 0 for count in counts]
+    left = budget - sum(shares)
+    for s in sorted(range(len(counts)), key=lambda s: (shares[s], s)):
+        if left > 0 and shares[s] < counts[s]:
+            shares[s] += 1
+            left -= 1
+    assert left == 0
+    return shares
+
+
+# ------------------------------------------------------------------------------------------------ medoids (4.2, Eq. 8)
+
+
+def distance(a, b, metric):
+    """Equation 8: the L1 distance; L2 is an option."""
+    if metric == "l1":
+        return math.fsum(abs(x - y) for x, y in zip(a, b, strict=True))
+    return math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+
+
+def cosine(a, b):
+    """Section 4.2, an option: the cosine of two rows; 0 for a row of zeros."""
+    norms = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+
+
+def pairwise_similarity(rows, metric="l1"):
+    """Equation 8: C - distance, with C the largest distance; or the cosine."""
+    if metric == "cosine":
+        return [[cosine(a, b) for b in rows] for a in rows]
+    table = [[distance(a, b, metric) for b in rows] for a in rows]
+    largest = max((max(row) for row in table), default=0.0)
+    return [[largest - d for d in row] for row in table]
+
+
+def facility_gain(similarity, best, candidate):
+    """Equation 8: what one more medoid adds to sum_i max_s similarity[i][s], `best` being the sum's present terms."""
+    return math.fsum(max(0.0, similarity[i][candidate] - best[i]) for i in range(len(similarity)))
+
+
+def facility_location(similarity, k):
+    """Equation 8, greedily and from scratch at each pick; returns the medoids in order and their cluster sizes."""
+    n = len(similarity)
+    best, owner, index = [0.0] * n, [0] * n, []  # a row that nobody serves counts 0
+    for pick in range(k):
+        gains = {c: facility_gain(similarity, best, c) for c in range(n) if c not in index}
+        chosen = max(gains, key=lambda c: (gains[c], -c))  # ties: the lowest index
+        index.append(chosen)
+        for i in range(n):
+            if similarity[i][chosen] > best[i]:  # ties: the earlier medoid
+                best[i], owner[i] = similarity[i][chosen], pick
+    for pick, medoid in enumerate(index):
+        owner[medoid] = pick  # a medoid serves itself
+    return index, [owner.count(pick) for pick in range(k)]
+
+
+def objective(similarity, index):
+    """Equation 8: sum_i max_{s in S} similarity[i][s]."""
+    return math.fsum(max(row[s] for s in index) for row in similarity) if index else 0.0
+
+
+def largest_coordinates(rows, h):
+    """Section 4.2, Table 4: the h coordinates with the largest |mean over rows|, ties to the lowest."""
+    means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return sorted(range(len(means)), key=lambda j: (-abs(means[j]), j))[:h]
+
+
+def sparsify(rows, h):
+    """Section 4.2, Table 4: the rows on those coordinates, largest first; untouched when they all stay."""
+    if h >= len(rows[0]):
+        return rows
+    return [[row[j] for j in largest_coordinates(rows, h)] for row in rows]
+
+
+# ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
+
+
+class AdamMoments:
+    """Equations 3 and 4 with the history of the selected big-source examples."""
+
+    def __init__(self, dims, betas=(0.9, 0.999), eps=1e-8):
+        self.b1, self.b2 = betas
+        self.eps = eps
+        self.m, self.v, self.updates = [0.0] * dims, [0.0] * dims, 0
+
+    def of_one(self, g):
+        """Equation 3: m_i and v_i of one example."""
+        m = [self.b1 * old + (1 - self.b1) * x for old, x in zip(self.m, g, strict=True)]
+        v = [self.b2 * old + (1 - self.b2) * x * x for old, x in zip(self.v, g, strict=True)]
+        return m, v
+
+    def normalize(self, rows):
+        """Equation 4: bias-corrected m_i / (sqrt(v_i) + eps); the correction counts updates of the history."""
+        t, features = self.updates + 1, []
+        for g in rows:
+            m, v = self.of_one(g)
+            m_hat, v_hat = [x / (1 - self.b1**t) for x in m], [x / (1 - self.b2**t) for x in v]
+            features.append([a / (math.sqrt(b) + self.eps) for a, b in zip(m_hat, v_hat, strict=True)])
+        return features
+
+    def update(self, rows):
+        """Section 4.2: the history becomes the mean of m_i and of v_i over the selected big-source examples."""
+        if rows:
+            m, v = zip(*(self.of_one(g) for g in rows), strict=True)
+            self.m = [math.fsum(column) / len(rows) for column in zip(*m, strict=True)]
+            self.v = [math.fsum(column) / len(rows) for column in zip(*v, strict=True)]
+            self.updates += 1
+
+
+def sparse_features(gradients, sources, moments, h):
+    """Section 4.2: normalise all rows, then sparsify each source by itself; rows in their old order."""
+    features, out = moments.normalize(gradients), [None] * len(gradients)
+    for source in sorted(set(sources)):
+        rows = [i for i, s in enumerate(sources) if s == source]
+        kept = largest_coordinates([features[i] for i in rows], h)
+        for i in rows:
+            out[i] = [features[i][j] for j in kept]
+    return out
+
+
+# ------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
+
+
+def select_coreset(features, sources, k, keep=(), h=2560, metric="l1"):
+    """Algorithm 1: all kept rows, then medoids of each other source among its finite rows; (index, weight)."""
+    index = [i for i, source in enumerate(sources) if source in keep]
+    weight = [1] * len(index)
+    assert len(index) < k, "more kept rows than K: a random draw, which has no twin"
+    usable = {}
+    for i, source in enumerate(sources):
+        if source not in keep and all(math.isfinite(x) for x in features[i]):
+            usable.setdefault(source, []).append(i)
+    present = sorted(usable)
+    budgets = allocate_budget([len(usable[q]) for q in present], k - len(index))
+    for q, budget in zip(present, budgets, strict=True):
+        rows = sparsify([features[i] for i in usable[q]], h)
+        picks, sizes = facility_location(pairwise_similarity(rows, metric), budget)
+        index += [usable[q][p] for p in picks]
+        weight += sizes
+    return index, weight
+
+
+# ------------------------------------------------------------------------------------- losses and the signal (Eq. 5-6)
+
+
+def cross_entropy(logits, target):
+    """Section 3: -log softmax(logits)[target] of one token, in nats."""
+    largest = max(logits)
+    return largest + math.log(math.fsum(math.exp(x - largest) for x in logits)) - logits[target]
+
+
+def spsa_derivative(loss, w, z, eps):
+    """Equation 5: [L(w + eps z) - L(w - eps z)] / (2 eps), `w` and `z` flat lists."""
+    plus, minus = ([a + sign * eps * b for a, b in zip(w, z, strict=True)] for sign in (1, -1))
+    return (loss(plus) - loss(minus)) / (2 * eps)
+
+
+def spsa_gradient(derivatives, directions):
+    """Equation 6: mean over directions of derivative * z."""
+    terms = [[d * x for x in z] for d, z in zip(derivatives, directions, strict=True)]
+    return [math.fsum(column) / len(terms) for column in zip(*terms, strict=True)]

@@ -1,0 +1,435 @@
+"""VProjectionProbe against autograd and in-place perturbation in float64, on every layout of the V projection."""
+
+import copy
+from functools import cache, partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import KINDS, VOCAB, tiny_model, v_rows
+from torch import Tensor, nn
+
+from colm_core import LabelledLogits, VProjectionProbe, collate, example_losses
+
+SIZES = [(9, 3), (5, 1), (14, 6), (7, 0), (3, 2)]  # (tokens, prompt)
+DIRECTIONS = 3
+EVERY_MODEL = pytest.mark.parametrize(("kind", "lora"), [(kind, lora) for kind in KINDS for lora in (True, False)])
+
+
+def examples(sizes=SIZES) -> list[tuple[Tensor, int]]:
+    g = torch.Generator().manual_seed(3)
+    return [(torch.randint(0, VOCAB, (n,), generator=g), prompt) for n, prompt in sizes]
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A float64 copy throughout; Transformers' RMSNorm, which always works in float32, gets a forward of its own."""
+    model = copy.deepcopy(model).double().eval()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(rms_norm, module)
+    return model
+
+
+def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+
+
+class Probed:
+    """A model with its hook and probe; `gradients` [B, D] and `spsa` [B, n] of some examples in one batch."""
+
+    def __init__(self, model: nn.Module, **options):
+        self.model, self.hook, self.probe = model, LabelledLogits(model), VProjectionProbe(model, **options)
+
+    def losses(self, rows, **options):
+        batch = collate(rows, **options)
+        return lambda: example_losses(self.model, self.hook, batch)
+
+    def gradients(self, rows, **options) -> Tensor:
+        return self.probe.gradients(self.losses(rows, **options))
+
+    def spsa(self, rows, z: Tensor, eps: float, float32: bool = True, **options) -> Tensor:
+        return self.probe.spsa(self.losses(rows, **options), z, eps, float32)
+
+    def directions(self, n: int = DIRECTIONS) -> Tensor:
+        return torch.randn(n, *self.probe.shape, generator=torch.Generator().manual_seed(4))
+
+
+def plain_loss(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
+    """Mean loss of one example alone, from the model's full logits: no batch, no hook, no chunk."""
+    first = max(prompt, 1)
+    return F.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1], ids[first:])
+
+
+class Reference:
+    """The probed matrix of a float64 copy: its gradient by autograd, its derivative by perturbing it in place."""
+
+    def __init__(self, model: nn.Module, name: str, rows: list[int], transposed: bool = False):
+        self.model = in_float64(model)
+        module = self.model.get_submodule(name)
+        self.weight = module.lora_B["default"].weight if hasattr(module, "lora_B") else module.weight
+        self.rows, self.transposed = rows, transposed
+
+    def gradients(self, examples) -> Tensor:
+        out = []
+        for ids, prompt in examples:
+            (g,) = torch.autograd.grad(plain_loss(self.model, ids, prompt), self.weight)
+            out.append((g.T if self.transposed else g)[self.rows].flatten())
+        return torch.stack(out)
+
+    @torch.no_grad()
+    def differences(self, examples, z: Tensor, eps: float) -> Tensor:
+        """[L(w + eps z) - L(w - eps z)] / (2 eps) with the weight overwritten (Eq. 5)."""
+        original, out = self.weight.clone(), torch.zeros(len(examples), len(z), dtype=torch.float64)
+        for k, direction in enumerate(z.double()):
+            for sign in (1, -1):
+                self.weight.copy_(original)
+                (self.weight.T if self.transposed else self.weight)[self.rows] += sign * eps * direction
+                for i, (ids, prompt) in enumerate(examples):
+                    out[i, k] += sign * plain_loss(self.model, ids, prompt) / (2 * eps)
+        self.weight.copy_(original)
+        return out
+
+
+@cache
+def reference(kind: str, lora: bool) -> SimpleNamespace:
+    """Float64 truth for the standard examples and directions; computed once for all tests."""
+    model = tiny_model(kind, lora)
+    probed = Probed(copy.deepcopy(model))
+    truth = Reference(model, probed.probe.name, v_rows(kind), transposed=kind == "gpt2" and not lora)
+    z, gradients = probed.directions(), truth.gradients(examples())
+    return SimpleNamespace(
+        gradients=gradients,
+        derivatives=gradients @ z.double().flatten(1).T,
+        differences={eps: truth.differences(examples(), z, eps) for eps in (1e-3, 3e-2)},
+    )
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference relative to the norm of the expected, over all examples."""
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+# -------------------------------------------------------------------------------------------------- against the truth
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "eval", "train"])
+@EVERY_MODEL
+def test_both_probes_match_the_truth(kind, lora, checkpointing):
+    """Measured in float32: gradients 3e-7 to 8e-7; SPSA up to 3e-5 at eps 3e-2 against the same difference in float64.
+
+    At the default eps of 1e-3 the losses' last bits, divided by 2 eps, leave up to 1e-3 on these tiny models.
+    """
+    model, truth = tiny_model(kind, lora), reference(kind, lora)
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train(checkpointing == "train")  # no dropout in these models; layers only checkpoint while training
+    probed = Probed(model)
+    z = probed.directions()
+    assert error(probed.gradients(examples()), truth.gradients) < 5e-6
+    assert error(probed.spsa(examples(), z, eps=3e-2), truth.differences[3e-2]) < 1e-4
+    assert error(probed.spsa(examples(), z, eps=1e-3), truth.derivatives) < 5e-3
+
+
+@EVERY_MODEL
+def test_in_float64_both_probes_are_exact(kind, lora):
+    probed, truth = Probed(in_float64(tiny_model(kind, lora))), reference(kind, lora)
+    z = probed.directions().double()
+    assert error(probed.gradients(examples()), truth.gradients) < 1e-12
+    assert error(probed.spsa(examples(), z, eps=1e-3), truth.differences[1e-3]) < 1e-10
+    wide, narrow = (error(probed.spsa(examples(), z, eps=eps), truth.derivatives) for eps in (1e-3, 1e-4))
+    assert wide < 2e-4 and narrow < 2e-6  # truncation falls with eps^2
+    assert narrow < wide / 50 or narrow < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "gpt_neox"])
+def test_the_probed_rows_are_values(kind):
+    """Values have no part in the attention weights of their layer; queries and keys have."""
+    model = tiny_model(kind, lora=False, attn_implementation="eager")
+    probe = VProjectionProbe(model)
+    assert probe.rows.tolist() == v_rows(kind)
+    weight = probe.module.weight.T if kind == "gpt2" else probe.module.weight
+    others = sorted(set(range(len(weight))) - set(v_rows(kind)))
+    ids = examples()[2][0][None]
+
+    @torch.no_grad()
+    def outputs(change: list[int]) -> tuple[Tensor, Tensor]:
+        before = weight.detach().clone()
+        weight[change] *= 1.5
+        out = model(input_ids=ids, output_attentions=True)
+        weight.copy_(before)
+        return out.attentions[-1], out.logits
+
+    attention, logits = outputs([])
+    changed = outputs(v_rows(kind))
+    assert torch.equal(changed[0], attention) and not torch.allclose(changed[1], logits)
+    for row in range(0, len(others), 8):  # any head's q or k
+        assert not torch.allclose(outputs(others[row : row + 8])[0], attention)
+
+
+def test_the_scaling_of_the_adapter_counts():
+    for scaling in (0.5, 3.0):
+        model = tiny_model("llama")
+        probed = Probed(model)
+        probed.probe.module.scaling["default"] = scaling
+        truth = Reference(model, probed.probe.name, v_rows("llama"))
+        z, expected = probed.directions(), truth.gradients(examples())
+        assert error(probed.gradients(examples()), expected) < 5e-6
+        assert error(probed.spsa(examples(), z, 1e-2), truth.differences(examples(), z, 1e-2)) < 3e-4
+
+
+def test_a_disabled_adapter_leaves_the_base_weight_as_the_probed_matrix():
+    model = tiny_model("llama")
+    with model.disable_adapter():
+        probed = Probed(model)
+        assert probed.probe.shape == (32, 32)
+        gradients = probed.gradients(examples())
+    base = tiny_model("llama")
+    base.disable_adapter_layers()
+    for p in base.parameters():
+        p.requires_grad_()
+    truth = Reference(base, probed.probe.name, v_rows("llama"))
+    truth.weight = truth.model.get_submodule(probed.probe.name).base_layer.weight
+    assert error(gradients, truth.gradients(examples())) < 5e-6
+
+
+# ------------------------------------------------------------------------------------------------ what must not matter
+
+
+@EVERY_MODEL
+def test_batch_mates_and_padding_do_not_change_an_example(kind, lora):
+    probed = Probed(in_float64(tiny_model(kind, lora)))
+    z, rows = probed.directions().double(), examples()
+    gradients, derivatives = probed.gradients(rows), probed.spsa(rows, z, 1e-3)
+    for i, row in enumerate(rows):
+        for group, at in (([row], 0), ([row, rows[2], row], 2)):
+            assert error(probed.gradients(group, pad_id=5)[at], gradients[i]) < 1e-12
+            assert error(probed.spsa(group, z, 1e-3, pad_id=5)[at], derivatives[i]) < 1e-9
+
+
+@EVERY_MODEL
+def test_as_many_rows_as_tokens(kind, lora):
+    """A mask or position tensor of shape [T] or [1, T] must not be taken for one of shape [B]."""
+    model, rows = in_float64(tiny_model(kind, lora)), examples([(7, p) for p in range(7)])
+    probed = Probed(model)
+    z = probed.directions(2).double()
+    gradients, derivatives = probed.gradients(rows), probed.spsa(rows, z, 1e-3)
+    for i, row in enumerate(rows):
+        assert error(probed.gradients([row])[0], gradients[i]) < 1e-12
+        assert error(probed.spsa([row], z, 1e-3)[0], derivatives[i]) < 1e-9
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+def test_copies_may_equal_rows_or_tokens(rows):
+    probed = Probed(in_float64(tiny_model("mistral")))
+    z, group = probed.directions(2).double(), examples([(4, 1)] * rows)  # 4 copies travel together
+    whole = probed.spsa(group, z, 1e-3)
+    for i, row in enumerate(group):
+        assert error(probed.spsa([row], z, 1e-3)[0], whole[i]) < 1e-9
+
+
+@EVERY_MODEL
+def test_three_directions_are_three_single_ones(kind, lora):
+    probed = Probed(in_float64(tiny_model(kind, lora)))
+    z = probed.directions(3).double()
+    together = probed.spsa(examples(), z, 1e-3)
+    singly = torch.cat([probed.spsa(examples(), z[k : k + 1], 1e-3) for k in range(3)], dim=1)
+    assert together.shape == (len(SIZES), 3)
+    assert error(together, singly) < 1e-9
+
+
+def test_layers_before_the_last_run_once():
+    probed = Probed(tiny_model("llama"))
+    calls = {"first": 0, "last": 0, "head": 0}
+
+    def count(name):
+        return lambda *args: calls.update({name: calls[name] + 1})
+
+    probed.probe.layers[0].mlp.register_forward_hook(count("first"))
+    probed.probe.layers[1].mlp.register_forward_hook(count("last"))
+    probed.model.get_output_embeddings().register_forward_hook(count("head"))
+    probed.spsa(examples(), probed.directions(3), 1e-3)
+    assert calls == {"first": 1, "last": 6, "head": 1}
+    probed.gradients(examples())
+    assert calls == {"first": 2, "last": 7, "head": 2}
+
+
+# ------------------------------------------------------------------------------------------- what a probe leaves behind
+
+
+def training_gradients(probed: Probed) -> dict[str, Tensor]:
+    probed.model.train()
+    probed.losses(examples())().mean().backward()
+    return {name: p.grad for name, p in probed.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@EVERY_MODEL
+def test_a_probe_leaves_no_trace(kind, lora, checkpointing):
+    def fresh() -> Probed:
+        model = tiny_model(kind, lora)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return Probed(model)
+
+    probed = fresh()
+    weights = {name: t.clone() for name, t in probed.model.state_dict().items()}
+    attributes = {name: set(vars(m)) for name, m in probed.model.named_modules()}
+    hooks = {name: len(m._forward_hooks) for name, m in probed.model.named_modules()}
+    required = [p.requires_grad for p in probed.model.parameters()]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            gradients = probed.gradients(examples())
+            derivatives = probed.spsa(examples(), probed.directions(), 1e-3)
+            assert torch.is_grad_enabled() is enabled
+    assert not gradients.requires_grad and not derivatives.requires_grad
+    assert all(torch.equal(t, weights[name]) for name, t in probed.model.state_dict().items())
+    assert all(p.grad is None for p in probed.model.parameters())
+    assert [p.requires_grad for p in probed.model.parameters()] == required
+    assert {name: set(vars(m)) for name, m in probed.model.named_modules()} == attributes
+    assert {name: len(m._forward_hooks) for name, m in probed.model.named_modules()} == hooks
+
+    trained, untouched = training_gradients(probed), training_gradients(fresh())
+    assert trained.keys() == untouched.keys() and trained
+    assert all(torch.equal(trained[name], untouched[name]) for name in trained)
+
+
+def test_a_failed_probe_leaves_no_trace_either():
+    probed = Probed(tiny_model("llama"))
+    names = [set(vars(m)) for m in probed.model.modules()]
+    expected = probed.gradients(examples())
+
+    def fail():
+        probed.losses(examples())()
+        raise ZeroDivisionError
+
+    for probe in (probed.probe.gradients, lambda losses: probed.probe.spsa(losses, probed.directions())):
+        with pytest.raises(ZeroDivisionError):
+            probe(fail)
+        assert torch.is_grad_enabled()
+        assert [set(vars(m)) for m in probed.model.modules()] == names
+    assert torch.equal(probed.gradients(examples()), expected)
+
+
+def test_a_probe_needs_no_trainable_weight():
+    model = tiny_model("llama")
+    expected = Probed(model).gradients(examples())
+    frozen = tiny_model("llama").requires_grad_(False)
+    assert torch.equal(Probed(frozen).gradients(examples()), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spsa_of_a_bfloat16_model_follows_the_exact_derivative(kind):
+    """Frozen weights in bfloat16, adapters in float32, autocast: as a GPU run has it."""
+    model = tiny_model(kind).to(torch.bfloat16)
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            p.data = p.data.float()
+    truth = Reference(model, VProjectionProbe(model).name, v_rows(kind))
+    probed = Probed(model)
+    z = probed.directions(8)
+    expected = truth.gradients(examples()) @ z.double().flatten(1).T
+    batch = collate(examples())
+
+    def losses():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return example_losses(model, probed.hook, batch)
+
+    derivatives = probed.probe.spsa(losses, z, 1e-3, float32=True)
+    rough = probed.probe.spsa(losses, z, 1e-3, float32=False)
+    gradients = probed.probe.gradients(losses)
+    assert derivatives.dtype == gradients.dtype == torch.float32
+    assert all(p.dtype == (torch.float32 if "lora" in n else torch.bfloat16) for n, p in model.named_parameters())
+    assert correlation(derivatives, expected) > 0.99
+    assert correlation(rough, expected) < correlation(derivatives, expected)
+    assert error(gradients, truth.gradients(examples())) < 0.1
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.double().flatten(), b.double().flatten()]))[0, 1])
+
+
+# ----------------------------------------------------------------------------------------------- finding the projection
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "model.layers.1.self_attn.v_proj"),
+        ("phi3", "model.layers.1.self_attn.qkv_proj"),
+        ("gpt2", "transformer.h.1.attn.c_attn"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value"),
+    ],
+)
+def test_the_last_v_projection_is_found(kind, name):
+    probe = VProjectionProbe(tiny_model(kind, lora=False))
+    assert probe.name == name
+    assert probe.shape == (len(v_rows(kind)), 32) and probe.dims == len(v_rows(kind)) * 32
+    probe = VProjectionProbe(tiny_model(kind, rank=5))
+    assert probe.name == "base_model.model." + name
+    assert probe.shape == (len(v_rows(kind)), 5)
+
+
+@pytest.mark.parametrize("name", ["o_proj", "1.mlp.down_proj", "model.layers.1.self_attn.k_proj"])
+def test_a_named_module_is_probed_whole(name):
+    model = tiny_model("qwen2", lora=False)
+    truth = Reference(model, next(n for n, _ in reversed([*model.named_modules()]) if n.endswith(name)), slice(None))
+    probed = Probed(model, module_name=name)
+    z, expected = probed.directions(), truth.gradients(examples())
+    assert probed.probe.name.endswith(name) and "layers.1" in probed.probe.name
+    assert error(probed.gradients(examples()), expected) < 5e-6
+    assert error(probed.spsa(examples(), z, 3e-2), truth.differences(examples(), z, 3e-2)) < 1e-4
+
+
+def test_a_named_fused_module_is_still_probed_at_its_values():
+    probe = VProjectionProbe(tiny_model("phi3"), module_name="qkv_proj")
+    assert probe.rows.tolist() == v_rows("phi3")
+
+
+class Unknown(nn.Module):
+    """A model whose projections have names that nobody has heard of."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"wow": nn.Linear(4, 4), "mix": nn.Linear(4, 6)}) for _ in range(2))
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 9)
+
+
+@pytest.mark.parametrize("module_name", [None, "v_projection"])
+def test_a_model_without_a_known_projection_is_refused_with_candidates(module_name):
+    with pytest.raises(ValueError, match=r"can't find the last V projection.*--probe_module.*blocks\.1\.mix") as caught:
+        VProjectionProbe(Unknown(), module_name)
+    assert (module_name or "v_proj or") in str(caught.value)
+    assert VProjectionProbe(Unknown(), "mix").shape == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("bloom", {"n_head": 4, "n_layer": 2, "hidden_size": 32}),
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2}),
+    ],
+)
+def test_a_fused_projection_of_unknown_layout_is_refused_with_candidates(model_type, options):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, num_attention_heads=4, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="unknown layout.*--probe_module, such as .*query_key_value"):
+        VProjectionProbe(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("lm_head", "lies in no nn.ModuleList"),
+        ("post_attention_layernorm", "no weight matrix"),
+        ("self_attn", "no weight matrix"),
+    ],
+)
+def test_a_named_module_that_cannot_be_probed_is_refused(name, problem):
+    with pytest.raises(ValueError, match=problem):
+        VProjectionProbe(tiny_model("llama", lora=False), module_name=name)
