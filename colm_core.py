@@ -277,19 +277,36 @@ def select_coreset(
 
 
 class MicroBatch(NamedTuple):
-    """Right-padded rows; flat positions that predict a completion token, those tokens, and the row each belongs to."""
+    """Examples as a model takes them: right-padded rows, or all packed into one row (then `offsets` tells them apart)."""
 
-    input_ids: Tensor  # [B, T]
-    positions: Tensor  # [M] into B * T
-    targets: Tensor  # [M]
-    rows: Tensor  # [M] in 0..B-1
-    counts: Tensor  # [B] supervised tokens of each row
+    input_ids: Tensor  # [B, T], or [1, T] packed
+    positions: Tensor  # [M] flat positions in B * T that predict a completion token
+    targets: Tensor  # [M] those tokens
+    rows: Tensor  # [M] the example each belongs to
+    counts: Tensor  # [n] supervised tokens of each example
+    offsets: Tensor | None = None  # [slots] first token of each packed example, then their end; int32
+    position_ids: Tensor | None = None  # [1, T]
+    longest: int = 0  # at least the length of every packed example
 
     def to(self, device) -> MicroBatch:
-        return MicroBatch(*(t.to(device, non_blocking=True) for t in self))
+        return MicroBatch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+
+    def pin(self) -> MicroBatch:
+        return MicroBatch(*(t.pin_memory() if isinstance(t, Tensor) else t for t in self))
+
+    def model_inputs(self) -> dict:
+        if self.offsets is None:
+            return {"input_ids": self.input_ids, "use_cache": False}
+        packed = {"cu_seq_lens_q": self.offsets, "cu_seq_lens_k": self.offsets}
+        packed |= {"max_length_q": self.longest, "max_length_k": self.longest, "position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, "use_cache": False, **packed}
+
+    def per_example(self, x: Tensor) -> Tensor:
+        """Rows of single examples, zero where one has ended: [1, T, d] -> [n, L, d]; padded rows are so already."""
+        return x if self.offsets is None else unpack(x[0], self.offsets[: len(self.counts) + 1], self.longest)
 
 
-def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0, pin: bool = False) -> MicroBatch:
+def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBatch:
     """Pad (token ids, prompt length) pairs on the right. A causal model needs no attention mask: no real token sees
     the padding, and no padded position predicts anything."""
     lengths = torch.tensor([len(ids) for ids, _ in examples])
@@ -299,8 +316,64 @@ def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0, pin: bool =
     supervised = (column >= first[:, None]) & (column < lengths[:, None])  # [B, T]
     rows, columns = supervised.nonzero(as_tuple=True)
     positions = rows * input_ids.shape[1] + columns - 1
-    batch = MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1))
-    return MicroBatch(*(t.pin_memory() for t in batch)) if pin else batch
+    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1))
+
+
+def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 128, slots: int = 32) -> MicroBatch:
+    """The same examples end to end in one row of a multiple of `multiple` tokens: nothing is padded, and few shapes
+    occur. `packed_attention` keeps them apart; the last tokens are an example of their own without labels."""
+    padded = collate(examples)
+    lengths = torch.tensor([len(ids) for ids, _ in examples])
+    total = int(lengths.sum())
+    size = -(-total // multiple) * multiple
+    starts = F.pad(lengths.cumsum(0), (1, 0))  # [n + 1]
+    offsets = torch.full((-(-(len(examples) + 2) // slots) * slots,), size)
+    offsets[: len(starts)] = starts
+    input_ids = F.pad(torch.cat([ids.long() for ids, _ in examples]), (0, size - total))[None]
+    owner = torch.repeat_interleave(torch.arange(len(starts)), F.pad(lengths, (0, 1), value=size - total))
+    position_ids = (torch.arange(size) - starts[owner])[None].clamp(max=longest - 1)
+    columns = padded.positions - padded.rows * padded.input_ids.shape[1]
+    positions = starts[padded.rows] + columns
+    return padded._replace(
+        input_ids=input_ids, positions=positions, offsets=offsets.int(), position_ids=position_ids, longest=longest
+    )
+
+
+def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Packed rows to padded ones, zero beyond each end: [T, ...] -> [len(offsets) - 1, longest, ...]."""
+    index = offsets[:-1, None] + torch.arange(longest, device=x.device)  # [n, L]
+    inside = index < offsets[1:, None]
+    return x[index.clamp(max=len(x) - 1)] * inside.view(*inside.shape, *[1] * (x.dim() - 1))
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
+
+    An attention function for transformers' AttentionInterface. Half precision on a GPU runs the variable-length flash
+    kernel; anything else pads for the one call.
+    """
+    offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise RuntimeError("this model's attention can't keep packed examples apart: use --no-packing")
+    window = kwargs.get("sliding_window")
+    window = None if window is None or window >= longest else window - 1  # keys before the query's own
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d_head]
+    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+        limits = {} if window is None else {"window_size_left": window, "window_size_right": 0}
+        out = torch.ops.aten._flash_attention_forward(
+            *(q.to(v.dtype), k.to(v.dtype), v, offsets, offsets, longest, longest, dropout, True, False),
+            **(limits | {"scale": scaling}),
+        )[0]
+        return out[None], None
+    if window is not None:
+        raise RuntimeError(f"a sliding window of {window + 1} tokens needs half precision on a GPU: use --no-packing")
+    offsets = offsets[: len(offsets.cpu().unique())]  # without empty slots
+    q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
+    token = torch.arange(query.shape[2], device=query.device, dtype=offsets.dtype)
+    owner = torch.searchsorted(offsets, token, right=True) - 1
+    return out[owner, token - offsets[owner]][None], None
 
 
 class LabelledLogits:
@@ -325,7 +398,7 @@ class LabelledLogits:
 def example_losses(model: nn.Module, hook: LabelledLogits, batch: MicroBatch) -> Tensor:
     """Mean token loss of every example, [C, B] in nats, in one ordinary `model(...)` call."""
     hook.batch = batch
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [C, M, V]
+    logits = model(**batch.model_inputs()).logits  # [C, M, V]
     if hook.batch is not None:
         raise RuntimeError("the model did not call its output embedding: CoLM needs a causal LM with a head module")
     copies = len(logits)
@@ -450,12 +523,12 @@ class VProjectionProbe:
             return lora_a(x.to(lora_a.weight.dtype)) * scaling
         return x
 
-    def gradients(self, losses: Callable[[], Tensor]) -> Tensor:
-        """Exact per-example gradients of the probed matrix, [B, D], by one backward pass through the last layer's tail.
+    def gradients(self, losses: Callable[[], Tensor], batch: MicroBatch | None = None) -> Tensor:
+        """Exact per-example gradients of the probed matrix, [n, D], by one backward pass through the last layer's tail.
 
-        `losses()` runs the model on a micro-batch and returns per-example losses [1, B] (`example_losses`). Autograd
-        runs from the V projection onward: its output becomes a leaf, delta = dL/dV, and
-        G_i = sum_t delta_it (scaling lora_A(x_it))^T.   # DIFFERS 5: the limit of Eq. 6 for many directions
+        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`); a packed
+        `batch` must be given too. Autograd runs from the V projection onward: its output becomes a leaf,
+        delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T.   # DIFFERS 5: Eq. 6 for many directions
         """
         taped: list[Tensor] = []
 
@@ -471,30 +544,34 @@ class VProjectionProbe:
             loss = losses().sum()
             low, leaf = taped
             (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
+        if batch is not None:
+            low, delta = batch.per_example(low), batch.per_example(delta)  # [n, L, r] and [n, L, d_v]
         dtype = torch.promote_types(low.dtype, torch.float32)
-        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [B, D]
+        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
 
     @torch.no_grad()
-    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, float32: bool = True) -> Tensor:
+    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
         """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
 
         `z` is [n, d_v, r]. The layers before the last run once; the last layer runs once per signed direction with
         eps scaling lora_A(x) z^T added to its V, and the copies travel together through the final norm and the head.
-        `float32` runs that tail in float32: in bf16 the difference of two losses is mostly rounding.   # DIFFERS 6
+        `wide_tail` runs that tail in the next wider precision (bf16 -> float32 -> float64): the difference of two nearly
+        equal losses is mostly rounding in the model's own.   # DIFFERS 6
         """
         signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
-        layer_forward, step = self.layer.forward, {}
+        layer_forward, state = self.layer.forward, {}
 
         def add_perturbation(module, args, output):
             low = self._low_rank_input(args[0])  # [B, T, r]
-            shift = low @ step["z"].to(low.dtype).T  # [B, T, d_v]
+            shift = low @ state["z"].to(low.dtype).T  # [B, T, d_v]
             return output.index_add(-1, self.rows.to(output.device), shift.to(output.dtype))
 
         def run_copies(hidden, *args, **kwargs):
+            state["dtype"] = _wider(hidden) if wide_tail else hidden.dtype
             outputs = []
-            with torch.autocast(hidden.device.type, enabled=False) if float32 else nullcontext():
-                for step["z"] in signed:
-                    out = layer_forward(_wide(hidden) if float32 else hidden, *args, **kwargs)
+            with torch.autocast(hidden.device.type, enabled=False) if wide_tail else nullcontext():
+                for state["z"] in signed:
+                    out = layer_forward(hidden.to(state["dtype"]), *args, **kwargs)
                     outputs.append(out if isinstance(out, Tensor) else out[0])
             stacked = torch.cat(outputs)  # [2n * B, T, d]
             return stacked if isinstance(out, Tensor) else (stacked, *out[1:])
@@ -502,8 +579,8 @@ class VProjectionProbe:
         with ExitStack() as stack:
             stack.enter_context(_hooked(self.module.register_forward_hook(add_perturbation)))
             stack.enter_context(_patched_forward(self.layer, run_copies))
-            for leaf in self._tail() if float32 else ():
-                stack.enter_context(_patched_forward(leaf, _float32_forward(leaf)))
+            for leaf in self._tail() if wide_tail else ():
+                stack.enter_context(_patched_forward(leaf, _forward_in(state, leaf)))
             plus, minus = losses().chunk(2)  # [n, B] each
         return (plus - minus).T / (2 * eps)
 
@@ -514,21 +591,23 @@ class VProjectionProbe:
         return [m for m in (*self.layer.modules(), *after) if any(True for _ in m.parameters(recurse=False))]
 
 
-def _wide(x):
-    """Floating tensors in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) and x.is_floating_point() else x
+def _wider(x: Tensor) -> torch.dtype:
+    """The precision after the one that is computed in: autocast's, or the tensor's own."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
-def _float32_forward(module: nn.Module) -> Callable:
-    """The module's forward with parameters and inputs in float32, outside autocast; its own parameters stay as they are."""
+def _forward_in(state: dict, module: nn.Module) -> Callable:
+    """The module's forward with inputs and its own parameters in state["dtype"], outside autocast."""
     forward = module.forward
 
     def wide(x, *args, **kwargs):
         own = dict(module._parameters)
-        module._parameters.update({name: None if p is None else _wide(p.detach()) for name, p in own.items()})
+        module._parameters.update({k: None if p is None else p.detach().to(state["dtype"]) for k, p in own.items()})
         try:
             with torch.autocast(x.device.type, enabled=False):
-                return forward(_wide(x), *args, **kwargs)
+                return forward(x.to(state["dtype"]), *args, **kwargs)
         finally:
             module._parameters.update(own)
 

@@ -59,6 +59,8 @@ from colm_core import (
     VProjectionProbe,
     collate,
     example_losses,
+    pack,
+    packed_attention,
     select_coreset,
     small_sources,
     sparse_features,
@@ -83,7 +85,13 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
 }
 FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
     *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *("report_to", "trust_remote_code", "model", "train_file"),  # the data's own fingerprint is compared instead
+    *(
+        "report_to",
+        "trust_remote_code",
+        "model",
+        "train_file",
+        "packing",
+    ),  # the data's own fingerprint is compared instead
 }
 
 
@@ -112,7 +120,7 @@ def build_parser() -> Parser:
     add("--num_directions", type=int, default=1, help="SPSA directions averaged at each step")
     add("--direction", choices=["step", "run"], default="step", help="redraw the directions each step, or once")
     add("--spsa_eps", type=float, default=1e-3)
-    add("--spsa_float32", action=flag, default=True, help="run SPSA's perturbed tail in float32")
+    add("--spsa_wide_tail", action=flag, default=True, help="run SPSA's perturbed tail in the next wider precision")
     add("--probe_module", help="the last V projection, where it can't be found by name")
     add("--sparsify_dims", type=int, default=2560, help="h, coordinates kept of each source's features")
     add("--similarity", choices=["l1", "l2", "cosine"], default="l1")
@@ -131,6 +139,7 @@ def build_parser() -> Parser:
     add("--num_epochs", type=float, default=1.0, help="passes of the pools over the data")
     add("--max_length", type=int, default=512, help="tokens; longer prompts are shortened from the left")
     add("--max_tokens_per_micro_batch", type=int, default=4096)
+    add("--packing", action=flag, help="examples end to end in one row instead of padded; default: on a GPU in bf16")
     add("--gradient_checkpointing", action=flag, default=False)
     add("--compile", action=flag, default=False, help="compile the decoder layers")
     # the run
@@ -515,40 +524,34 @@ def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
     return order[position * size : (position + 1) * size]
 
 
-def split_by_tokens(lengths: list[int], items: list[int], cap: int) -> list[list[int]]:
-    """Fill micro-batches of at most `cap` padded tokens with items sorted by falling length."""
-    batches: list[list[int]] = []
-    for item in items:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > cap:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
+def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int, packed: bool) -> list[list[list[int]]]:
+    """Micro-batches [rank][i] of item numbers, at most `max_tokens` tokens each, padding included.
 
-
-def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
-    """Micro-batches [rank][i] of item numbers: even token shares, then the lowest cap that needs no extra micro-batch.
-
-    All ranks get the same number of micro-batches; an empty one is to be run with weight 0.
+    All ranks get the same number of micro-batches and about the same tokens; one without items is run with weight 0.
     """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = loads.index(min(loads))
-        shares[rank].append(item)
-        loads[rank] += lengths[item]
-    count = max(len(split_by_tokens(lengths, share, max_tokens)) for share in shares)
-    plans = []
-    for share in shares:
-        low, high = 1, max(max_tokens, max(lengths))
-        while low < high:
-            middle = (low + high) // 2
-            if len(split_by_tokens(lengths, share, middle)) <= count:
-                high = middle
-            else:
-                low = middle + 1
-        plan = split_by_tokens(lengths, share, high)
-        plans.append(plan + [[]] * (count - len(plan)))
-    return plans
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if packed:
+        count = -(-sum(lengths) // (max_tokens * ranks))
+        while True:
+            bins: list[list[int]] = [[] for _ in range(count * ranks)]
+            loads = [0] * len(bins)
+            for item in longest_first:
+                lightest = loads.index(min(loads))
+                bins[lightest].append(item)
+                loads[lightest] += lengths[item]
+            if all(load <= max_tokens or len(b) == 1 for load, b in zip(loads, bins, strict=True)):
+                return [bins[rank::ranks] for rank in range(ranks)]
+            count += 1
+    plans: list[list[list[int]]] = []
+    for rank in range(ranks):
+        plans.append([])
+        for turn, start in enumerate(range(0, len(lengths), ranks)):  # deal there and back, so that shares are even
+            for item in longest_first[start : start + ranks][rank if turn % 2 == 0 else ranks - 1 - rank :][:1]:
+                if not plans[rank] or (len(plans[rank][-1]) + 1) * lengths[plans[rank][-1][0]] > max_tokens:
+                    plans[rank].append([])
+                plans[rank][-1].append(item)
+    count = max(map(len, plans))
+    return [plan + [[]] * (count - len(plan)) for plan in plans]
 
 
 # ------------------------------------------------------------------------------------------ a run, and its collectives
@@ -583,9 +586,11 @@ class Run:
         """
         lengths = [data.length(row) for row in rows]
         shortest = lengths.index(min(lengths))
-        plan = plan_micro_batches(lengths, max_tokens, self.ranks)[self.accelerator.process_index]
+        plan = plan_micro_batches(lengths, max_tokens, self.ranks, self.args.packing)[self.accelerator.process_index]
         for i, items in enumerate(plan):
-            batch = collate([data.example(rows[i]) for i in items or [shortest]], pin=self.device.type == "cuda")
+            examples = [data.example(rows[i]) for i in items or [shortest]]
+            batch = pack(examples, self.args.max_length) if self.args.packing else collate(examples)
+            batch = batch.pin() if self.device.type == "cuda" else batch
             yield items, batch.to(self.device), i + 1 == len(plan)
 
     def mode(self, training: bool) -> None:
@@ -677,7 +682,8 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
     """Zeroth-order or exact gradients of the last V projection for dataset `rows`, and which of them this rank holds."""
     args, probe, device = run.args, run.probe, run.device
     run.mode(training=False)
-    gradients, mine, derivatives, budget = PoolGradients(probe.dims), [], None, args.max_tokens_per_micro_batch
+    gradients, mine, derivatives = PoolGradients(probe.dims), [], None
+    budget = 2 * args.max_tokens_per_micro_batch  # no graph is kept below the last layer
     if args.probe == "spsa":
         gradients.z = directions(args, probe, step, device)
         gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
@@ -689,10 +695,10 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
                 return example_losses(run.inner, run.hook, batch)
 
         if args.probe == "spsa":
-            values = probe.spsa(losses, gradients.z, args.spsa_eps, args.spsa_float32)  # [B, directions]
+            values = probe.spsa(losses, gradients.z, args.spsa_eps, args.spsa_wide_tail)  # [B, directions]
             derivatives[torch.tensor(items, dtype=torch.long, device=device)] = values[: len(items)].float()
         else:
-            values = probe.gradients(losses)  # [B, D]
+            values = probe.gradients(losses, batch)  # [B, D]
             gradients.add(values[: len(items)])
         mine += items
     run.mode(training=True)  # while the device is busy
@@ -994,12 +1000,19 @@ def make_accelerator(args) -> Accelerator:
 
 def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run:
     """Wrap the model for its devices and put probe, optimizer and schedule around it."""
-    from transformers import get_scheduler
+    import torch._functorch.config
+    import transformers
 
     try:
         VProjectionProbe(model, args.probe_module)  # before anything is wrapped or written
     except ValueError as error:
         raise UserError(str(error)) from None
+    if args.packing is None:
+        half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+        args.packing = half and getattr(model, "_supports_flash_attn", False)
+    if args.packing:
+        transformers.AttentionInterface.register("packed", packed_attention)
+        accelerator.unwrap_model(model).set_attn_implementation("packed")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=accelerator.device.type == "cuda"
@@ -1008,7 +1021,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
     optimizer = optimizer.optimizer
     warmup = math.ceil(args.warmup_ratio * args.max_steps)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, warmup, args.max_steps)
+    scheduler = transformers.get_scheduler(args.lr_scheduler, optimizer, warmup, args.max_steps)
     run = Run(
         *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
         probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
@@ -1017,8 +1030,10 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         trained=[p for p in model.parameters() if p.requires_grad],
     )
     if args.compile:
+        torch._functorch.config.activation_memory_budget = float(os.environ.get("AMB", "1"))
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe} if os.environ.get("GF") else None
         for layer in run.probe.layers[:-1]:  # the last one carries the probe's hooks
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, options=options)
     return run
 
 

@@ -8,10 +8,10 @@ Prints, for bf16, TF32 and float32 tails, the correlation over a pool with <G_i,
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 import transformers
-from accelerate import Accelerator
 from step_time import SHAPES, synthetic_rows, timed
 
 import train_colm
@@ -26,7 +26,8 @@ def main() -> None:
     args.max_steps = 1000
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision="bf16")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    accelerator = train_colm.make_accelerator(args)
     device = accelerator.device
     config_class, sizes = SHAPES[own.shape]
     config = config_class(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -42,14 +43,14 @@ def main() -> None:
     )
     run.model.eval()
     z = train_colm.directions(args, run.probe, 0, device)
-    batches = list(run.micro_batches(run.train, list(range(128)), args.max_tokens_per_micro_batch))
+    batches = list(run.micro_batches(run.train, list(range(128)), 2 * args.max_tokens_per_micro_batch))
 
     def losses(batch):
         with accelerator.autocast():
             return example_losses(run.inner, run.hook, batch)
 
     def probe(function):
-        return torch.cat([function(lambda batch=batch: losses(batch)) for _, batch, _ in batches])
+        return torch.cat([function(lambda batch=batch: losses(batch), batch) for _, batch, _ in batches])
 
     exact = probe(run.probe.gradients) @ z[0].flatten()
 
@@ -66,7 +67,7 @@ def main() -> None:
     print(f"exact gradients {seconds:.3f} s")
     for name, float32, tf32 in (("bf16", False, False), ("tf32", True, True), ("float32", True, False)):
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        spsa = lambda f: run.probe.spsa(f, z, args.spsa_eps, float32)  # noqa: E731, B023
+        spsa = lambda f, _: run.probe.spsa(f, z, args.spsa_eps, float32)  # noqa: E731, B023
         values = probe(spsa)[:, 0]
         if cuda:
             torch.cuda.reset_peak_memory_stats()

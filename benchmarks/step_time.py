@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_colm
@@ -97,7 +97,7 @@ def one_step(run, mode: str, pool: torch.Tensor, step: int) -> dict:
 def ideal_step(run, probed: torch.Tensor, rows: torch.Tensor, backward: bool = True) -> None:
     run.mode(training=False)
     with torch.no_grad():
-        for _, batch, _ in run.micro_batches(run.train, probed.tolist(), run.args.max_tokens_per_micro_batch):
+        for _, batch, _ in run.micro_batches(run.train, probed.tolist(), 2 * run.args.max_tokens_per_micro_batch):
             with run.accelerator.autocast():
                 example_losses(run.inner, run.hook, batch)
     if backward:
@@ -121,7 +121,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision="bf16" if cuda else "no")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if cuda else "no"
+    accelerator = train_colm.make_accelerator(args)
     device = accelerator.device
     config_class, sizes = SHAPES[own.shape]
     config = config_class(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0)

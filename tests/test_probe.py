@@ -116,9 +116,10 @@ def error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("checkpointing", ["none", "eval", "train"])
 @EVERY_MODEL
 def test_both_probes_match_the_truth(kind, lora, checkpointing):
-    """Measured in float32: gradients 3e-7 to 8e-7; SPSA up to 3e-5 at eps 3e-2 against the same difference in float64.
+    """Measured in float32: gradients 3e-7 to 8e-7; SPSA up to 2e-5 at eps 3e-2 against the same difference in float64.
 
-    At the default eps of 1e-3 the losses' last bits, divided by 2 eps, leave up to 1e-3 on these tiny models.
+    At the default eps of 1e-3 the losses' last bits, divided by 2 eps, leave up to 6e-4 on these tiny models, as they
+    do when the weight itself is perturbed in float32.
     """
     model, truth = tiny_model(kind, lora), reference(kind, lora)
     if checkpointing != "none":
@@ -128,7 +129,7 @@ def test_both_probes_match_the_truth(kind, lora, checkpointing):
     z = probed.directions()
     assert error(probed.gradients(examples()), truth.gradients) < 5e-6
     assert error(probed.spsa(examples(), z, eps=3e-2), truth.differences[3e-2]) < 1e-4
-    assert error(probed.spsa(examples(), z, eps=1e-3), truth.derivatives) < 5e-3
+    assert error(probed.spsa(examples(), z, eps=1e-3), truth.derivatives) < 2e-3
 
 
 @EVERY_MODEL
@@ -138,8 +139,8 @@ def test_in_float64_both_probes_are_exact(kind, lora):
     assert error(probed.gradients(examples()), truth.gradients) < 1e-12
     assert error(probed.spsa(examples(), z, eps=1e-3), truth.differences[1e-3]) < 1e-10
     wide, narrow = (error(probed.spsa(examples(), z, eps=eps), truth.derivatives) for eps in (1e-3, 1e-4))
-    assert wide < 2e-4 and narrow < 2e-6  # truncation falls with eps^2
-    assert narrow < wide / 50 or narrow < 1e-8
+    assert wide < 1e-4 and narrow < 1e-6
+    assert narrow == pytest.approx(wide / 100, rel=0.1)  # what is left is truncation, of order eps^2
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "gpt_neox"])
@@ -345,7 +346,7 @@ def test_spsa_of_a_bfloat16_model_follows_the_exact_derivative(kind):
     assert all(p.dtype == (torch.float32 if "lora" in n else torch.bfloat16) for n, p in model.named_parameters())
     assert correlation(derivatives, expected) > 0.99
     assert correlation(rough, expected) < correlation(derivatives, expected)
-    assert error(gradients, truth.gradients(examples())) < 0.1
+    assert error(gradients, truth.gradients(examples())) < 0.05
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
