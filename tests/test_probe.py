@@ -48,8 +48,8 @@ class Probed:
     def gradients(self, rows, **options) -> Tensor:
         return self.probe.gradients(self.losses(rows, **options))
 
-    def spsa(self, rows, z: Tensor, eps: float, float32: bool = True, **options) -> Tensor:
-        return self.probe.spsa(self.losses(rows, **options), z, eps, float32)
+    def spsa(self, rows, z: Tensor, eps: float, wide_tail: bool = True, **options) -> Tensor:
+        return self.probe.spsa(self.losses(rows, **options), z, eps, wide_tail)
 
     def directions(self, n: int = DIRECTIONS) -> Tensor:
         return torch.randn(n, *self.probe.shape, generator=torch.Generator().manual_seed(4))
@@ -339,8 +339,8 @@ def test_spsa_of_a_bfloat16_model_follows_the_exact_derivative(kind):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return example_losses(model, probed.hook, batch)
 
-    derivatives = probed.probe.spsa(losses, z, 1e-3, float32=True)
-    rough = probed.probe.spsa(losses, z, 1e-3, float32=False)
+    derivatives = probed.probe.spsa(losses, z, 1e-3, wide_tail=True)
+    rough = probed.probe.spsa(losses, z, 1e-3, wide_tail=False)
     gradients = probed.probe.gradients(losses)
     assert derivatives.dtype == gradients.dtype == torch.float32
     assert all(p.dtype == (torch.float32 if "lora" in n else torch.bfloat16) for n, p in model.named_parameters())
