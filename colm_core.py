@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 
 def small_sources(counts: Mapping[Hashable, int]) -> set:
-    """Sources with fewer than |V| / c training examples, i.e. below the mean size; all their examples are kept (4.1)."""
+    """Sources with fewer than |V| / c training examples (below the mean size): all their examples are kept (4.1)."""
     total = sum(counts.values())
     return {source for source, count in counts.items() if count * len(counts) < total}
 
@@ -61,44 +61,61 @@ def allocate_budget(counts: Tensor, budget: int) -> Tensor:
 
 
 def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
-    """Similarity of every pair of rows, [N, H] -> [N, N]: largest distance - distance for l1 and l2, or the cosine.
+    """Similarity of every pair of rows, [..., N, H] -> [..., N, N]: largest distance - distance, or the cosine.
 
-    L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8).
+    L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8); l2 and cosine are options.
     """
     if metric == "cosine":
-        x = F.normalize(x, dim=1)
-        return x @ x.T
+        x = F.normalize(x, dim=-1)
+        return x @ x.mT
     if metric not in ("l1", "l2"):
         raise ValueError(f"metric {metric!r} is unknown: use l1, l2 or cosine")
     p = {"l1": 1.0, "l2": 2.0}[metric]
     distance = torch.cdist(x, x, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.max() - distance if distance.numel() else distance
+    return distance.amax((-2, -1), keepdim=True) - distance if distance.numel() else distance
 
 
 def facility_location(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8), on the host in float64.
+    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8).
 
-    Returns `index` [k] in the order of picking and `weight` [k], the number of rows nearest to each medoid (they sum
-    to N). Ties go to the lowest index. Greedy is sequential: each pick updates only the gains of the rows that it
-    serves better than before, about N log k row updates in all instead of N k.
+    Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
+    earlier medoid wins a tie, and every medoid serves itself). A row that nobody serves counts 0, as in the official
+    code. Ties between candidates go to the lowest index.
     """
     n = len(similarity)
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
-    similarity = similarity.detach().to("cpu", torch.float64)
-    best = torch.zeros(n, dtype=torch.float64)  # a row that nobody serves counts 0, as in the official code
-    owner = torch.zeros(n, dtype=torch.long)
-    gain = similarity.clamp(min=0).sum(0)  # [N], what each candidate would add
-    index = torch.empty(k, dtype=torch.long)
-    for pick in range(k):
-        index[pick] = chosen = int(gain.argmax())
-        gain[chosen] = -math.inf
-        improved = (similarity[:, chosen] > best).nonzero()[:, 0]
-        rows, old, new = similarity[improved], best[improved, None], similarity[improved, chosen, None]
-        gain += ((rows - new).clamp_(min=0) - (rows - old).clamp_(min=0)).sum(0)
-        best[improved], owner[improved] = new[:, 0], pick
-    owner[index] = torch.arange(k)  # a medoid serves itself, also where another is exactly as near
-    return index, torch.bincount(owner, minlength=k) if k else torch.zeros(0, dtype=torch.long)
+    index = greedy_medoids(similarity[None], k)[0]
+    return index, cluster_sizes(similarity, index)
+
+
+def greedy_medoids(similarity: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
+    """The first k greedy picks of S problems at once, similarity [S, n, n] -> [S, k], in float64 on its own device.
+
+    Greedy picks are nested, so a problem with a smaller budget takes the first of its row. Where `valid` [S, n] is
+    False a row is padding: it is never picked (while others are left) and counts for nothing.
+    """
+    similarity = similarity.detach().double()
+    open_ = similarity.new_ones(similarity.shape[:2], dtype=torch.bool) if valid is None else valid.clone()
+    similarity = similarity.masked_fill(~open_[:, :, None], 0)
+    best = similarity.new_zeros(similarity.shape[:2])  # [S, n]
+    picks = torch.zeros(len(similarity), k, dtype=torch.long, device=similarity.device)
+    for step in range(k):
+        gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, n], what each candidate would add
+        picks[:, step] = chosen = gain.masked_fill_(~open_, -1).argmax(1)
+        open_.scatter_(1, chosen[:, None], False)
+        served = similarity.gather(2, chosen[:, None, None].expand(-1, similarity.shape[1], 1))[:, :, 0]
+        best = torch.maximum(best, served)
+    return picks
+
+
+def cluster_sizes(similarity: Tensor, index: Tensor) -> Tensor:
+    """How many rows each medoid `index` [k] serves best, [k]; they sum to N."""
+    if not len(index):
+        return index
+    owner = similarity[:, index].argmax(1)  # [N]
+    owner[index] = torch.arange(len(index), device=index.device)
+    return torch.bincount(owner, minlength=len(index))
 
 
 def sparsify(x: Tensor, h: int) -> Tensor:
@@ -111,7 +128,7 @@ def largest_coordinates(sums: Tensor, h: int) -> Tensor:
     return sums.abs().sort(dim=1, descending=True, stable=True).indices[:, :h]
 
 
-# -------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
+# ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
 
 
 class AdamMoments:
@@ -163,8 +180,8 @@ class AdamMoments:
 class PoolGradients:
     """Per-example gradients of a pool [n, D], handed out in chunks, so that device memory need not grow as n x D.
 
-    SPSA keeps `derivatives` [n, directions] and `z` and makes the rows g_i = mean_k d_ik z_k when asked (Eq. 6). Rows of
-    the exact probe are stored with `add`, on the host beyond `device_bytes`.
+    SPSA keeps `derivatives` [n, directions] and `z` and makes the rows g_i = mean_k d_ik z_k when asked (Eq. 6). Rows
+    of the exact probe are stored with `add`, on the host beyond `device_bytes`.
     """
 
     CHUNK = 1 << 25  # numbers in one chunk: 128 MiB in float32
@@ -194,7 +211,7 @@ class PoolGradients:
         """Sum of g and of g^2 over the examples in `mask` [n], each [D]: what AdamMoments.update_from_sums adds up."""
         total = torch.zeros(2, self.dims, device=device)
         for rows, g in self.chunks(device):
-            g = g[mask[rows].to(device)]
+            g = g.masked_fill(~mask[rows].to(device, non_blocking=True)[:, None], 0)
             total += torch.stack([g.sum(0), g.square().sum(0)])
         return total[0], total[1]
 
@@ -214,10 +231,10 @@ def sparse_features(
 ) -> Tensor:
     """Adam-normalised features on each source's h largest coordinates, [n, min(h, D)] (4.2), in two chunked passes.
 
-    `sources` [n] lie in 0..num_sources - 1. `reduce` sums a tensor over the ranks when each holds other rows. A row that
-    is not finite counts for nothing in the choice of coordinates and stays not finite.
+    `sources` [n] lie in 0..num_sources - 1. `reduce` sums a tensor over the ranks when each holds other rows. A row
+    that is not finite counts for nothing in the choice of coordinates and stays not finite.
     """
-    sources = sources.to(device)
+    sources = sources.to(device, non_blocking=True)
     sums = torch.zeros(num_sources, gradients.dims, device=device)
     for rows, g in gradients.chunks(device):
         f = moments.normalize(g)  # [chunk, D]
@@ -265,19 +282,39 @@ def select_coreset(
         return Coreset(kept, torch.ones_like(kept))
     usable = ~is_kept & features.isfinite().all(1).cpu()
     present, counts = sources[usable].unique(return_counts=True)
-    budgets = allocate_budget(counts, k - len(kept))
-    rows_of = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
-    similarities = [pairwise_similarity(sparsify(features[r.to(features.device)], h), metric) for r in rows_of]
-    picks = [facility_location(s, int(b)) for s, b in zip(similarities, budgets)]
-    index = torch.cat([kept, *(rows[p] for rows, (p, _) in zip(rows_of, picks))])
-    return Coreset(index, torch.cat([torch.ones_like(kept), *(weight for _, weight in picks)]))
+    budgets = allocate_budget(counts, k - len(kept)).tolist()
+    rows = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
+    groups = [range(len(rows))] if rows and max(map(len, rows)) <= 256 else [[q] for q in range(len(rows))]
+    index, weight = [kept], [torch.ones_like(kept)]
+    for group in groups:  # all small sources in one batch: the device waits for launches, not for arithmetic
+        picks, sizes = _medoids(features, [rows[q] for q in group], [budgets[q] for q in group], h, metric)
+        index, weight = index + picks, weight + sizes
+    return Coreset(torch.cat(index), torch.cat(weight))
+
+
+def _medoids(features: Tensor, rows: list[Tensor], budgets: list[int], h: int, metric: str):
+    """Medoids of several sources at once: lists of pool rows [b] and cluster sizes [b], on the host."""
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # [S, n]
+    valid = padded >= 0
+    padded = torch.where(valid, padded, padded[:, :1])  # copies of a source's first row: no distance grows
+    x = features[padded.to(features.device, non_blocking=True)]  # [S, n, H]
+    if h < x.shape[2]:
+        mask = valid.to(x.device)[:, :, None]
+        coordinates = largest_coordinates((x * mask).sum(1), h)  # [S, h]
+        x = x.gather(2, coordinates[:, None].expand(-1, x.shape[1], -1))
+    similarity = pairwise_similarity(x, metric)  # [S, n, n]
+    picks = greedy_medoids(similarity, max(budgets), valid.to(x.device, non_blocking=True)).cpu()
+    similarity = similarity.cpu()
+    local = [p[:b] for p, b in zip(picks, budgets, strict=True)]
+    sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, rows, local, strict=True)]
+    return [r[p] for r, p in zip(rows, local, strict=True)], sizes
 
 
 # --------------------------------------------------------------------------- losses at the supervised positions only
 
 
 class MicroBatch(NamedTuple):
-    """Examples as a model takes them: right-padded rows, or all packed into one row (then `offsets` tells them apart)."""
+    """Examples as a model takes them: right-padded rows, or all in one row, which `offsets` tells apart."""
 
     input_ids: Tensor  # [B, T], or [1, T] packed
     positions: Tensor  # [M] flat positions in B * T that predict a completion token
@@ -322,21 +359,22 @@ def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBat
 def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 128, slots: int = 32) -> MicroBatch:
     """The same examples end to end in one row of a multiple of `multiple` tokens: nothing is padded, and few shapes
     occur. `packed_attention` keeps them apart; the last tokens are an example of their own without labels."""
-    padded = collate(examples)
-    lengths = torch.tensor([len(ids) for ids, _ in examples])
-    total = int(lengths.sum())
+    lengths = [len(ids) for ids, _ in examples]
+    total = sum(lengths)
     size = -(-total // multiple) * multiple
-    starts = F.pad(lengths.cumsum(0), (1, 0))  # [n + 1]
-    offsets = torch.full((-(-(len(examples) + 2) // slots) * slots,), size)
+    lengths = torch.tensor([*lengths, size - total])
+    starts = lengths.cumsum(0) - lengths  # [n + 1]
+    offsets = torch.full((-(-(len(examples) + 2) // slots) * slots,), size, dtype=torch.int32)
     offsets[: len(starts)] = starts
-    input_ids = F.pad(torch.cat([ids.long() for ids, _ in examples]), (0, size - total))[None]
-    owner = torch.repeat_interleave(torch.arange(len(starts)), F.pad(lengths, (0, 1), value=size - total))
-    position_ids = (torch.arange(size) - starts[owner])[None].clamp(max=longest - 1)
-    columns = padded.positions - padded.rows * padded.input_ids.shape[1]
-    positions = starts[padded.rows] + columns
-    return padded._replace(
-        input_ids=input_ids, positions=positions, offsets=offsets.int(), position_ids=position_ids, longest=longest
-    )
+    first = torch.tensor([*(max(prompt, 1) for _, prompt in examples), size])
+    input_ids = F.pad(torch.cat([ids for ids, _ in examples]).long(), (0, size - total))  # [T]
+    owner = torch.repeat_interleave(lengths, output_size=size)
+    column = torch.arange(size) - starts[owner]
+    targets = (column >= first[owner]).nonzero()[:, 0]
+    rows = owner[targets]
+    counts = torch.bincount(rows, minlength=len(examples))
+    column = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions
+    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, offsets, column[None], longest)
 
 
 def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
@@ -438,7 +476,7 @@ class TokenCrossEntropy(torch.autograd.Function):
 
 
 class VProjectionProbe:
-    """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] when it has an adapter, else W [d_v, d_in].
+    """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] if it has an adapter, else W [d_v, d_in].
 
     Both probes are hooks inside an ordinary call of the model, so they work for any architecture and under any wrapper
     that lets the model's own modules run (DDP: pass the inner module; FSDP2: the wrapped model). Weights are never
@@ -509,6 +547,10 @@ class VProjectionProbe:
             return rows.view(heads, 3, head_dim)[:, 2].flatten()
         raise ValueError(self._candidates(model, f"{self.name} has {d_out} outputs in an unknown layout"))
 
+    def _rows_on(self, device) -> Tensor:
+        self.rows = self.rows.to(device)  # moves once
+        return self.rows
+
     def _adapter(self) -> tuple[nn.Module, float] | None:
         """(lora_A, scaling) of the active LoRA adapter, or None."""
         active = [a for a in getattr(self.module, "active_adapters", ()) if a in getattr(self.module, "lora_A", ())]
@@ -535,7 +577,7 @@ class VProjectionProbe:
         def make_leaf(module, args, output):
             low = self._low_rank_input(args[0])  # [B, T, r]
             torch.set_grad_enabled(True)  # until the no_grad block below ends
-            rows = self.rows.to(output.device)
+            rows = self._rows_on(output.device)
             leaf = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
             taped.extend((low, leaf))
             return output.index_copy(-1, rows, leaf)
@@ -555,8 +597,8 @@ class VProjectionProbe:
 
         `z` is [n, d_v, r]. The layers before the last run once; the last layer runs once per signed direction with
         eps scaling lora_A(x) z^T added to its V, and the copies travel together through the final norm and the head.
-        `wide_tail` runs that tail in the next wider precision (bf16 -> float32 -> float64): the difference of two nearly
-        equal losses is mostly rounding in the model's own.   # DIFFERS 6
+        `wide_tail` runs that tail in the next wider precision (bf16 -> float32 -> float64): in the model's own, the
+        difference of two nearly equal losses is mostly rounding.   # DIFFERS 6
         """
         signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
         layer_forward, state = self.layer.forward, {}
@@ -564,7 +606,7 @@ class VProjectionProbe:
         def add_perturbation(module, args, output):
             low = self._low_rank_input(args[0])  # [B, T, r]
             shift = low @ state["z"].to(low.dtype).T  # [B, T, d_v]
-            return output.index_add(-1, self.rows.to(output.device), shift.to(output.dtype))
+            return output.index_add(-1, self._rows_on(output.device), shift.to(output.dtype))
 
         def run_copies(hidden, *args, **kwargs):
             state["dtype"] = _wider(hidden) if wide_tail else hidden.dtype

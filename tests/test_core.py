@@ -26,11 +26,13 @@ from colm_core import (
     example_losses,
     facility_location,
     largest_coordinates,
+    pack,
     pairwise_similarity,
     select_coreset,
     small_sources,
     sparse_features,
     sparsify,
+    unpack,
 )
 
 ODD_SIZES = (1, 2, 7, 53, 123)
@@ -329,6 +331,10 @@ def test_rows_that_are_not_finite_count_for_nothing_and_stay_so():
     features = features_of(gradients, sources, moments, 3)
     assert torch.equal(features[good], features_of(clean, sources[good], moments, 3))
     assert torch.equal(features.isfinite().all(1), good)
+    for column in range(7):  # chosen as a coordinate or not
+        spoilt = g.clone()
+        spoilt[17, column] = math.nan
+        assert not features_of(stored(spoilt, 53), sources, moments, 3)[17].isfinite().any()
     expected = clean.sums(sources[good] == 3, "cpu")
     for actual, sums in zip(gradients.sums(good & (sources == 3), "cpu"), expected, strict=True):
         close(actual, sums)
@@ -403,8 +409,8 @@ def test_coresets_match_the_twin(metric, n, keep):
 @pytest.mark.parametrize("metric", METRICS)
 def test_coresets_of_real_numbers_match_the_twin(metric):
     features, sources = normal(53, 6), torch.arange(53) % 3
-    coreset = select_coreset(features, sources, 26, {1}, h=4, metric=metric)  # 18 kept, 4 medoids of each other source
-    expected = naive.select_coreset(features.tolist(), sources.tolist(), 26, {1}, 4, metric)
+    coreset = select_coreset(features, sources, 24, {1}, h=4, metric=metric)  # 18 kept, 3 medoids of each other source
+    expected = naive.select_coreset(features.tolist(), sources.tolist(), 24, {1}, 4, metric)
     assert (coreset.index.tolist(), coreset.weight.tolist()) == expected
 
 
@@ -597,12 +603,45 @@ def test_collate_supervises_completion_tokens_alone(sizes):
     assert batch.rows.tolist() == owners
     assert batch.counts.tolist() == [owners.count(b) for b in range(len(rows))]
     assert isinstance(batch.to("cpu"), MicroBatch)
-    assert all(t.dtype == torch.long for t in batch)
+    assert all(t.dtype == torch.long for t in batch[:5])
 
 
 def test_collate_widens_small_integer_ids():
     ids = torch.tensor([3, 4, 5], dtype=torch.int32)
     assert collate([(ids, 1)]).input_ids.dtype == torch.long
+
+
+@pytest.mark.parametrize(("multiple", "slots"), [(1, 1), (10, 4), (64, 32), (48, 3)])
+def test_packed_examples_are_the_same_examples_end_to_end(multiple, slots):
+    rows = examples()
+    batch, padded, total = pack(rows, 14, multiple, slots), collate(rows), sum(n for n, _ in EXAMPLES)
+    size = batch.input_ids.shape[1]
+    assert batch.input_ids.shape[0] == 1 and size % multiple == 0 and total <= size < total + multiple
+    assert batch.input_ids[0, :total].tolist() == [int(t) for ids, _ in rows for t in ids]
+    assert len(batch.offsets) % slots == 0 and batch.offsets.dtype == torch.int32
+    starts = [sum(n for n, _ in EXAMPLES[:b]) for b in range(len(rows) + 1)]
+    assert batch.offsets.tolist() == starts + [size] * (len(batch.offsets) - len(starts))
+    assert len(batch.offsets) > len(starts)  # the filler, empty or not, ends somewhere
+    assert batch.position_ids[0, :total].tolist() == [t for n, _ in EXAMPLES for t in range(n)]
+    assert int(batch.position_ids.max()) < 14
+    for field in ("targets", "rows", "counts"):
+        assert torch.equal(getattr(batch, field), getattr(padded, field))
+    within = padded.positions - padded.rows * 14
+    assert batch.positions.tolist() == [
+        starts[b] + t for b, t in zip(batch.rows.tolist(), within.tolist(), strict=True)
+    ]
+
+
+def test_unpacking_pads_with_zeros():
+    x, offsets = normal(9, 2), torch.tensor([0, 4, 5, 9])
+    rows = unpack(x, offsets, 5)
+    assert rows.shape == (3, 5, 2)
+    for i, (start, end) in enumerate([(0, 4), (4, 5), (5, 9)]):
+        assert torch.equal(rows[i, : end - start], x[start:end])
+        assert not rows[i, end - start :].any()
+    spoilt = x.clone()
+    spoilt[4] = 7.0
+    assert torch.equal(unpack(spoilt, offsets, 5)[[0, 2]], rows[[0, 2]])
 
 
 class Bigram(nn.Module):
