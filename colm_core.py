@@ -85,7 +85,7 @@ def facility_location(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = len(similarity)
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
-    index = greedy_medoids(similarity[None], k)[0]
+    index = greedy_medoids(similarity[None], k)[0] if k else torch.zeros(0, dtype=torch.long, device=similarity.device)
     return index, cluster_sizes(similarity, index)
 
 
@@ -96,6 +96,10 @@ def greedy_medoids(similarity: Tensor, k: int, valid: Tensor | None = None) -> T
     False a row is padding: it is never picked (while others are left) and counts for nothing.
     """
     similarity = similarity.detach().double()
+    scale = similarity.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    similarity = (
+        similarity * (2.0**20 / scale)
+    ).round()  # a millionth is a tie: no float32 rounding decides   # DIFFERS 7
     open_ = similarity.new_ones(similarity.shape[:2], dtype=torch.bool) if valid is None else valid.clone()
     similarity = similarity.masked_fill(~open_[:, :, None], 0)
     best = similarity.new_zeros(similarity.shape[:2])  # [S, n]
@@ -124,8 +128,14 @@ def sparsify(x: Tensor, h: int) -> Tensor:
 
 
 def largest_coordinates(sums: Tensor, h: int) -> Tensor:
-    """Per source, where the summed features are largest in magnitude (ties: lowest first), [S, D] -> [S, min(h, D)]."""
-    return sums.abs().sort(dim=1, descending=True, stable=True).indices[:, :h]
+    """Per source, where the summed features are largest in magnitude, [S, D] -> [S, min(h, D)].
+
+    Magnitudes within 1/4096 of the largest are ties, which go to the lowest coordinate: with no history yet all features
+    are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 7
+    """
+    magnitude = sums.abs()
+    steps = (magnitude * (4096 / magnitude.amax(1, keepdim=True).clamp_min(1e-30))).round()
+    return steps.sort(dim=1, descending=True, stable=True).indices[:, :h]
 
 
 # ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)

@@ -62,17 +62,21 @@ def facility_gain(similarity, best, candidate):
 def facility_location(similarity, k):
     """Equation 8, greedily and from scratch at each pick; returns the medoids in order and their cluster sizes."""
     n = len(similarity)
-    best, owner, index = [0.0] * n, [0] * n, []  # a row that nobody serves counts 0
-    for pick in range(k):
+    best, index = [0.0] * n, []  # a row that nobody serves counts 0
+    for _ in range(k):
         gains = {c: facility_gain(similarity, best, c) for c in range(n) if c not in index}
-        chosen = max(gains, key=lambda c: (gains[c], -c))  # ties: the lowest index
-        index.append(chosen)
-        for i in range(n):
-            if similarity[i][chosen] > best[i]:  # ties: the earlier medoid
-                best[i], owner[i] = similarity[i][chosen], pick
-    for pick, medoid in enumerate(index):
-        owner[medoid] = pick  # a medoid serves itself
-    return index, [owner.count(pick) for pick in range(k)]
+        index.append(max(gains, key=lambda c: (gains[c], -c)))  # ties: the lowest index
+        best = [max(b, row[index[-1]]) for b, row in zip(best, similarity, strict=True)]
+    return index, cluster_sizes(similarity, index)
+
+
+def cluster_sizes(similarity, index):
+    """Section 4.2, weighted medoids: rows that each medoid serves best; the earlier wins a tie, each serves itself."""
+    sizes = [0] * len(index)
+    for i, row in enumerate(similarity if index else []):
+        owner = index.index(i) if i in index else max(range(len(index)), key=lambda p, row=row: (row[index[p]], -p))
+        sizes[owner] += 1
+    return sizes
 
 
 def objective(similarity, index):

@@ -54,7 +54,7 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:
 
 def close(actual, expected, tolerance: float = 2e-6) -> None:
     """Equal up to `tolerance` of the largest expected magnitude."""
-    expected = torch.as_tensor(expected).double()
+    expected = torch.as_tensor(expected).detach().double()
     atol = tolerance * float(expected.abs().max()) if expected.numel() else 0
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=max(atol, 1e-30))
 
@@ -156,6 +156,13 @@ def test_ties_go_to_the_lowest_index_and_duplicates_serve_themselves_when_picked
     index, weight = facility_location(pairwise_similarity(x), 3)
     assert index.tolist() == [1, 0, 4]
     assert weight.tolist() == [2, 2, 1]
+
+
+def test_a_row_that_no_medoid_serves_still_belongs_to_the_nearest():
+    similarity = torch.tensor([[1.0, -0.5, -0.9], [-0.5, 1.0, -0.1], [-0.9, -0.1, 0.2]])  # row 2 is far from both
+    index, weight = facility_location(similarity, 2)
+    assert index.tolist() == [0, 1]
+    assert weight.tolist() == [1, 2]
 
 
 def test_every_row_a_medoid_weighs_one_each():
@@ -404,6 +411,17 @@ def test_coresets_match_the_twin(metric, n, keep):
         assert len(set(coreset.index.tolist())) == len(coreset.weight) == k
         if k == n:
             assert coreset.weight.tolist() == [1] * n
+
+
+@pytest.mark.parametrize("sizes", [(300,), (300, 2), (256, 1), (257, 130)])
+def test_coresets_of_sources_large_and_small_match_the_twin(sizes):
+    sources = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    sources = sources[torch.randperm(len(sources), generator=generator(len(sources)))]
+    features = integers(len(sources), 3)
+    for h in (2, 3):
+        coreset = select_coreset(features, sources, 5, h=h)
+        expected = naive.select_coreset(features.tolist(), sources.tolist(), 5, h=h)
+        assert (coreset.index.tolist(), coreset.weight.tolist()) == expected
 
 
 @pytest.mark.parametrize("metric", METRICS)
