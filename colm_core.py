@@ -97,9 +97,7 @@ def greedy_medoids(similarity: Tensor, k: int, valid: Tensor | None = None) -> T
     """
     similarity = similarity.detach().double()
     scale = similarity.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
-    similarity = (
-        similarity * (2.0**20 / scale)
-    ).round()  # a millionth is a tie: no float32 rounding decides   # DIFFERS 7
+    similarity = (similarity * (2.0**20 / scale)).round()  # within a millionth is a tie   # DIFFERS 7
     open_ = similarity.new_ones(similarity.shape[:2], dtype=torch.bool) if valid is None else valid.clone()
     similarity = similarity.masked_fill(~open_[:, :, None], 0)
     best = similarity.new_zeros(similarity.shape[:2])  # [S, n]
@@ -130,12 +128,13 @@ def sparsify(x: Tensor, h: int) -> Tensor:
 def largest_coordinates(sums: Tensor, h: int) -> Tensor:
     """Per source, where the summed features are largest in magnitude, [S, D] -> [S, min(h, D)].
 
-    Magnitudes within 1/4096 of the largest are ties, which go to the lowest coordinate: with no history yet all features
-    are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 7
+    Magnitudes within 1/4096 of the largest are ties, which go to the lowest coordinate: with no history yet all
+    features are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 7
     """
-    magnitude = sums.abs()
-    steps = (magnitude * (4096 / magnitude.amax(1, keepdim=True).clamp_min(1e-30))).round()
-    return steps.sort(dim=1, descending=True, stable=True).indices[:, :h]
+    magnitude, dims = sums.abs(), sums.shape[1]
+    steps = (magnitude * (4096 / magnitude.amax(1, keepdim=True).clamp_min(1e-30))).round().long()
+    keys = steps * dims - torch.arange(dims, device=sums.device)  # no two alike
+    return keys.topk(min(h, dims), dim=1).indices
 
 
 # ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
@@ -313,7 +312,9 @@ def _medoids(features: Tensor, rows: list[Tensor], budgets: list[int], h: int, m
         coordinates = largest_coordinates((x * mask).sum(1), h)  # [S, h]
         x = x.gather(2, coordinates[:, None].expand(-1, x.shape[1], -1))
     similarity = pairwise_similarity(x, metric)  # [S, n, n]
-    picks = greedy_medoids(similarity, max(budgets), valid.to(x.device, non_blocking=True)).cpu()
+    if similarity.numel() <= 1 << 15:
+        similarity = similarity.cpu()  # a hundred launches of tiny kernels cost more than the arithmetic
+    picks = greedy_medoids(similarity, max(budgets), valid.to(similarity.device)).cpu()
     similarity = similarity.cpu()
     local = [p[:b] for p, b in zip(picks, budgets, strict=True)]
     sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, rows, local, strict=True)]
@@ -397,8 +398,8 @@ def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
 
-    An attention function for transformers' AttentionInterface. Half precision on a GPU runs the variable-length flash
-    kernel; anything else pads for the one call.
+    An attention function for transformers' AttentionInterface. A GPU runs a variable-length kernel: flash attention in
+    half precision, the memory-efficient one in float32; the CPU pads for the one call.
     """
     offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
@@ -415,9 +416,17 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return out[None], None
     if window is not None:
         raise RuntimeError(f"a sliding window of {window + 1} tokens needs half precision on a GPU: use --no-packing")
-    offsets = offsets[: len(offsets.cpu().unique())]  # without empty slots
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
+    if v.is_cuda:
+        out = torch.ops.aten._efficient_attention_forward(
+            *(q[None].to(v.dtype), k[None].to(v.dtype), v[None], None, offsets, offsets, longest, longest),
+            *(dropout, 1, torch.is_grad_enabled()),  # 1: causal
+            scale=scaling,
+        )[0]
+        return out, None
+    offsets = offsets.unique()  # without empty slots
     q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
     token = torch.arange(query.shape[2], device=query.device, dtype=offsets.dtype)
     owner = torch.searchsorted(offsets, token, right=True) - 1

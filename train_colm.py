@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -86,13 +87,7 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
 }
 FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
     *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *(
-        "report_to",
-        "trust_remote_code",
-        "model",
-        "train_file",
-        "packing",
-    ),  # the data's own fingerprint is compared instead
+    *("report_to", "trust_remote_code", "packing", "model", "train_file"),  # paths may move; the data is compared
 }
 
 
@@ -495,10 +490,8 @@ def add_lora(model, args):
     try:
         model = peft.get_peft_model(model, config)
     except ValueError:
-        linear = (
-            name.rpartition(".")[2] for name, m in model.named_modules() if getattr(m, "weight", None) is not None
-        )
-        names = ", ".join(dict.fromkeys(linear))
+        weighted = [name for name, m in model.named_modules() if getattr(m, "weight", None) is not None]
+        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in weighted))
         raise UserError(f"--lora_target_modules {' '.join(targets)} is not in the model: choose from {names}") from None
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
@@ -573,6 +566,8 @@ class Run:
     hook: LabelledLogits
     moments: AdamMoments
     trained: list[torch.nn.Parameter]
+    modules: list[torch.nn.Module]
+    comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
     stop: bool = False  # SIGTERM came
 
     @property
@@ -595,9 +590,9 @@ class Run:
             yield items, batch.to(self.device), i + 1 == len(plan)
 
     def mode(self, training: bool) -> None:
-        """Switch dropout on or off; the walk over thousands of modules takes milliseconds, so only when it changes."""
-        if self.model.training != training:
-            self.model.train(training)
+        """Switch dropout on or off: what `model.train(training)` does, less its walk that costs milliseconds."""
+        for module in self.modules:
+            vars(module)["training"] = training
 
     @property
     def device(self) -> torch.device:
@@ -610,11 +605,13 @@ class Run:
         return self.accelerator.num_processes
 
     def add_up(self, tensor: Tensor) -> Tensor:
+        self.comm_bytes += tensor.nbytes if self.ranks > 1 else 0
         return self.accelerator.reduce(tensor, "sum") if self.ranks > 1 else tensor
 
     def from_main(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor on every rank."""
-        return broadcast(tensor.to(self.accelerator.device)).cpu() if self.ranks > 1 else tensor
+        self.comm_bytes += tensor.nbytes if self.ranks > 1 else 0
+        return broadcast(tensor.to(self.device)).cpu() if self.ranks > 1 else tensor
 
     def clip(self) -> Tensor:
         """Clip the gradients to --max_grad_norm; returns the norm before."""
@@ -702,7 +699,6 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
             values = probe.gradients(losses, batch)  # [B, D]
             gradients.add(values[: len(items)])
         mine += items
-    run.mode(training=True)  # while the device is busy
     if args.probe == "spsa":
         gradients.derivatives = run.add_up(derivatives)
         mine = range(len(rows))
@@ -728,8 +724,20 @@ def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
             loss = (losses * share[items].to(run.device, non_blocking=True)).sum() if items else losses.sum() * 0
             run.accelerator.backward(loss * run.ranks)  # DDP and FSDP take the mean over ranks
         total += loss.detach()
-    run.mode(training=False)  # while the device is busy
     return run.add_up(total)
+
+
+def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
+    """Clip, step the optimizer and the probe's history; returns the gradient norm, None if nothing is finite enough."""
+    norm = run.clip()
+    finite = torch.stack([loss, norm]).isfinite().all()
+    if not finite:  # the one wait for the device in a training step
+        return None
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if choice.history:
+        run.moments.update_from_sums(*choice.history)
+    return norm.item()
 
 
 @torch.no_grad()
@@ -984,9 +992,7 @@ def make_accelerator(args) -> Accelerator:
 
             # gather in bf16, but add gradients of the fp32 adapters up in fp32
             plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    elif accelerator.distributed_type not in (
-        *(DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
-    ):
+    elif accelerator.distributed_type.name not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UserError(f"{accelerator.distributed_type} is not supported: use one device, DDP or FSDP2")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
@@ -1029,7 +1035,11 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         hook=LabelledLogits(accelerator.unwrap_model(model)),
         moments=AdamMoments(optimizer.defaults["betas"]),
         trained=[p for p in model.parameters() if p.requires_grad],
+        modules=list(model.modules()),
     )
+    gc.freeze()  # a million objects of models and libraries that no collection need visit again
+    if accelerator.device.type == "cuda":
+        torch.set_num_threads(1)  # the host handles tiny tensors only, and waking threads takes longer than the work
     if args.compile:
         # recompute what is cheap (norms, activations, dropout) in backward: half the memory for 3 % of the time
         torch._functorch.config.activation_memory_budget = 0.5
@@ -1047,10 +1057,8 @@ def train_loop(run: Run, start: int) -> None:
     device = accelerator.device
     if run.evaluation is not None and start == 0:
         log_evaluation(run, 0)
-    bar = tqdm(
-        range(start, args.max_steps), initial=start, total=args.max_steps, disable=not accelerator.is_main_process
-    )
-    for step in bar:
+    quiet = not accelerator.is_main_process
+    for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)):
         clock = Clock(device)
         pool = draw_pool(len(run.train), args.pool_size, args.seed, step)
         choice = choose_coreset(run, pool, step, clock)
@@ -1059,26 +1067,23 @@ def train_loop(run: Run, start: int) -> None:
         rows = pool[choice.index]
         weights = choice.weight.float() if args.medoid_weights == "cluster" else torch.ones(len(rows))
         loss = train_on(run, rows, weights, step)
-        norm = run.clip()
-        if not math.isfinite(loss.item() + norm.item()):
+        lr = run.scheduler.get_last_lr()[0]
+        norm = update(run, choice, loss)
+        if norm is None:
             path = save_checkpoint(run, step)
             raise UserError(
-                f"loss {loss.item()} and gradient norm {norm.item()} at step {step + 1} are not finite: lower "
-                f"--learning_rate; the state before this step is in {path}"
+                f"the loss {loss.item()} or its gradient at step {step + 1} is not finite: lower --learning_rate; "
+                f"the state before this step is in {path}"
             )
-        lr = run.scheduler.get_last_lr()[0]
-        run.optimizer.step()
         run.scheduler.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        if choice.history:
-            run.moments.update_from_sums(*choice.history)
         clock.mark("train")
 
         done = step + 1
-        record = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "pool": len(pool)}
+        record = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": norm, "pool": len(pool)}
         record |= {"kept": len(choice.kept), "selected": len(rows), "skipped_probes": choice.skipped_probes}
         record |= {"tokens": sum(map(run.train.length, rows.tolist())), "probe_tokens": choice.probe_tokens}
-        record |= clock.read()
+        record |= clock.read() | {"comm_bytes": run.comm_bytes}
+        run.comm_bytes = 0
         bar.set_postfix(loss=f"{record['loss']:.4f}")
         if accelerator.is_main_process:
             number = run.train.numbers

@@ -2,8 +2,8 @@
 
     python benchmarks/selection_time.py
 
-The pool's gradients stand ready as SPSA derivatives (one direction) or as exact rows; 13 sources, of which 7 hold 24 % of
-the rows and are kept whole; half of the pool is selected. Prints seconds and, on a GPU, the memory beyond the gradients.
+The pool's gradients stand ready as SPSA derivatives (one direction) or as exact rows; 13 sources, of which 7 hold 24 %
+of the rows and are kept whole; half of the pool is selected. Prints seconds and, on a GPU, the memory beyond them.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
     python benchmarks/step_time.py --shape phi-2 --compile                 # random weights, no download
     python benchmarks/step_time.py --shape tiny                            # a minute on two CPU cores
+    python benchmarks/plot_step_time.py benchmarks/results/*.json          # the picture of the split
 
-Lengths are clip(lognormal(5.25, 0.55), 48, 512), the second half of each row is its completion (--train_file takes the
-lengths of real rows instead); a quarter of the rows belongs to sources that CoLM keeps whole. `ideal` is the
-no-gradient forward of the probed examples plus forward and backward of the coreset, in the same micro-batches and
-nothing else; its ratio says what selection and bookkeeping cost.
+Any flag of train_colm.py may be added. Row lengths are clip(lognormal(5.25, 0.55), 48, 512) and the second half of each
+row is its completion; --train_file with --tokenizer takes real rows instead. 24 % of the rows belong to small sources,
+which CoLM keeps and does not probe.
+
+`ideal` is the no-gradient forward of the probed examples plus forward and backward of the coreset, in the same
+micro-batches and nothing else, measured on the same examples in the same run. `forward` is its first part.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import accelerate
+import peft
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_colm
-from colm_core import example_losses
+from colm_core import example_losses, pack
 
 SHAPES = {
     "phi-2": (transformers.PhiConfig, dict(vocab_size=51200, hidden_size=2560, intermediate_size=10240,
@@ -45,26 +50,47 @@ MODES = {  # name: (selection, probe, pool, coreset)
     "ft-128": ("full", "grad", 128, 128),
     "ft-256": ("full", "grad", 256, 256),
 }
+SMALL = set(range(7))
+COLUMNS = ["step_s", "probe_s", "select_s", "train_s", "optimizer_s", "ideal_s", "forward_s"]
+COLUMNS += ["peak_gb", "probe_gb", "train_gb", "tokens_per_s", "model_tflops"]
 
 
 def synthetic_rows(vocab: int, lengths: torch.Tensor) -> train_colm.TokenizedRows:
+    """Random tokens of given row lengths in 13 sources; numbers 0-6 are small."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
-    share = torch.tensor([0.24 / 7] * 7 + [0.76 / 6] * 6)  # 7 small sources hold 24 % of the rows
+    share = torch.tensor([0.24 / 7] * 7 + [0.76 / 6] * 6)
     sources = torch.multinomial(share, len(lengths), replacement=True, generator=generator)
-    offsets = [0, *lengths.cumsum(0).tolist()]
+    offsets, prompts = [0, *lengths.cumsum(0).tolist()], (lengths // 2).tolist()
     names = [str(q) for q in range(13)]
-    return train_colm.TokenizedRows(
-        ids, offsets, (lengths // 2).tolist(), sources, torch.arange(len(lengths)), names, 0, 0
-    )
+    return train_colm.TokenizedRows(ids, offsets, prompts, sources, torch.arange(len(lengths)), names, 0, 0)
 
 
-def matrix_rate(device) -> float:
-    """Rate of a large bf16 matrix product on random data, FLOP/s."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if n > 1024 else torch.float32) for _ in range(2))
-    times = [timed(lambda: a @ b, device) for _ in range(10)]
-    return 2 * n**3 / statistics.median(times[3:])
+def lognormal_lengths(rows: int) -> torch.Tensor:
+    return (torch.randn(rows, generator=torch.Generator().manual_seed(0)) * 0.55 + 5.25).exp().clamp(48, 512).long()
+
+
+def make_run(shape: str, args, train_file: str | None = None, tokenizer: str | None = None) -> train_colm.Run:
+    """The trainer's own run around a model of random weights, bf16 on a GPU."""
+    cuda = torch.cuda.is_available()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if cuda else "no"
+    args.max_steps = 1000
+    if shape == "tiny":
+        args.lora_r = 16
+    accelerator = train_colm.make_accelerator(args)
+    config_class, sizes = SHAPES[shape]
+    config = config_class(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    with accelerator.device:
+        dtype = torch.bfloat16 if cuda else torch.float32
+        model = train_colm.add_lora(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), args)
+    train, keep = synthetic_rows(sizes["vocab_size"], lognormal_lengths(4096)), SMALL
+    if train_file:
+        rows, places = train_colm.read_rows(train_file)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
+        train = train_colm.tokenize(rows, places, tokenizer, args, [], True)
+        keep = train_colm.small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
+    return train_colm.build_run(args, accelerator, None, model, train, None, keep)
 
 
 def timed(function, device) -> float:
@@ -77,143 +103,148 @@ def timed(function, device) -> float:
     return time.perf_counter() - start
 
 
-def one_step(run, mode: str, pool: torch.Tensor, step: int) -> dict:
+def matrix_rate(device) -> float:
+    """Rate of a large matrix product on random data, FLOP/s; bf16 on a GPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / statistics.median([timed(lambda: a @ b, device) for _ in range(10)][3:])
+
+
+def warm_up(run: train_colm.Run) -> None:
+    """Every packed size once, forward and backward: the first use of a size chooses kernels and grows memory pools."""
+    if not run.args.packing:
+        return
+    budget = run.args.max_tokens_per_micro_batch
+    for size in range(256, 2 * budget + 1, 128):
+        ids = torch.arange(size, dtype=torch.int32)
+        batch = pack([(part, len(part) // 2) for part in ids.split(256)], run.args.max_length).to(run.device)
+        training = size <= budget
+        run.mode(training)
+        with torch.set_grad_enabled(training), run.accelerator.autocast():
+            loss = example_losses(run.inner, run.hook, batch).sum()
+        if training:
+            loss.backward()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> dict:
     """A whole step as the training loop makes it, without its logging."""
     run.args.selection, run.args.probe, size, run.args.coreset_size = MODES[mode]
-    clock = train_colm.Clock(run.accelerator.device)
+    clock = train_colm.Clock(run.device)
     choice = train_colm.choose_coreset(run, pool[:size], step, clock)
     clock.mark("select")
     rows = pool[:size][choice.index]
     loss = train_colm.train_on(run, rows, torch.ones(len(rows)), step)
     clock.mark("train")
-    (loss + run.clip()).item()
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    if choice.history:
-        run.moments.update_from_sums(*choice.history)
+    train_colm.update(run, choice, loss)
     clock.mark("optimizer")
-    return clock.read() | {"rows": rows, "tokens": sum(map(run.train.length, rows.tolist()))}
+    return clock.read() | {"rows": rows, "probe_tokens": choice.probe_tokens}
 
 
-def ideal_step(run, probed: torch.Tensor, rows: torch.Tensor, backward: bool = True) -> None:
+def ideal_step(run: train_colm.Run, probed: torch.Tensor, rows: torch.Tensor | None) -> None:
     run.mode(training=False)
-    with torch.no_grad():
-        for _, batch, _ in run.micro_batches(run.train, probed.tolist(), 2 * run.args.max_tokens_per_micro_batch):
-            with run.accelerator.autocast():
-                example_losses(run.inner, run.hook, batch)
-    if backward:
+    for _, batch, _ in run.micro_batches(run.train, probed.tolist(), 2 * run.args.max_tokens_per_micro_batch):
+        with torch.no_grad(), run.accelerator.autocast():
+            example_losses(run.inner, run.hook, batch)
+    if rows is not None:
         train_colm.train_on(run, rows, torch.ones(len(rows)), 0)
         run.optimizer.zero_grad(set_to_none=True)
+
+
+def model_flops(run: train_colm.Run, rows: list[int], backward: bool) -> float:
+    """Matrix products of the model on these rows; the frozen base has no weight gradients, recomputation is no work."""
+    head = run.inner.get_output_embeddings().weight
+    sizes = {"base": 0, "lora": 0}
+    for name, p in run.inner.named_parameters():
+        if p.dim() == 2 and p is not head and "embed" not in name:
+            sizes["lora" if p.requires_grad else "base"] += p.numel()
+    tokens = sum(map(run.train.length, rows))
+    labels = tokens - sum(run.train.prompts[row] for row in rows)
+    forward = 2 * (sizes["base"] + sizes["lora"]) * tokens + 2 * head.numel() * labels
+    return 2 * forward + 2 * sizes["lora"] * tokens if backward else forward
+
+
+def measure(run: train_colm.Run, modes: list[str], repeats: int) -> dict[str, list[dict]]:
+    records: dict[str, list] = {mode: [] for mode in modes}
+    for i in range(-2, repeats):
+        pool = train_colm.draw_pool(len(run.train), 256, 0, i + 2)
+        small = torch.isin(run.train.sources[pool[:128]], torch.tensor(sorted(run.keep)))
+        probed, rows = pool[:128][~small], None
+        for mode in modes:
+            record = one_step(run, mode, pool, i)
+            rows = record.pop("rows")
+            if mode.startswith("colm"):
+                record["forward_s"] = timed(partial(ideal_step, run, probed, None), run.device)
+                record["ideal_s"] = timed(partial(ideal_step, run, probed, rows), run.device)
+            tokens = sum(map(run.train.length, rows.tolist()))
+            flops = model_flops(run, rows.tolist(), backward=True)
+            flops += model_flops(run, probed.tolist(), backward=False) if record["probe_tokens"] else 0
+            record |= {"tokens": tokens, "tokens_per_s": tokens / record["step_s"]}
+            records[mode].append(record | {"model_tflops": flops / record["step_s"] / 1e12})
+        if i == -2:
+            warm_up(run)
+        if i == -1:
+            records = {mode: [] for mode in modes}
+    return records
+
+
+def report(records: dict[str, list[dict]], rate: float) -> dict:
+    """Print medians and the ratios that matter; returns both."""
+    medians = {m: {c: statistics.median(r.get(c, 0) for r in rows) for c in COLUMNS} for m, rows in records.items()}
+    print(f"{'':<10}" + "".join(f"{c:>13}" for c in COLUMNS))
+    for mode, row in medians.items():
+        print(f"{mode:<10}" + "".join(f"{row[c]:>13.4f}" for c in COLUMNS))
+    ratios = {}
+    for mode in filter(lambda m: m.startswith("colm"), records):
+        pairs = {"step / ideal": ("step_s", "ideal_s"), "probe / forward": ("probe_s", "forward_s")}
+        for name, (a, b) in pairs.items():
+            ratios[f"{mode} {name}"] = statistics.median(r[a] / r[b] for r in records[mode])
+        rest = [(r["select_s"] + r["optimizer_s"]) / r["step_s"] for r in records[mode]]
+        ratios[f"{mode} share of selection and optimizer"] = statistics.median(rest)
+        for other in ("ft-128", "ft-256"):
+            if other in medians:
+                ratios[f"{other} / {mode}"] = medians[other]["step_s"] / medians[mode]["step_s"]
+        if "random" in medians:
+            ratios[f"peak memory {mode} / random"] = medians[mode]["peak_gb"] / medians["random"]["peak_gb"]
+    for mode in records:
+        ratios[f"{mode} share of the matrix rate"] = medians[mode]["model_tflops"] * 1e12 / rate
+    for name, value in ratios.items():
+        print(f"{name:<50} {value:.3f}")
+    return {"medians": medians, "ratios": ratios}
+
+
+def profile(run: train_colm.Run, mode: str) -> None:
+    """Print the kernels (or CPU operators) of one step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if run.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        one_step(run, mode, train_colm.draw_pool(len(run.train), 256, 0, 0), 0)
+    sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=70))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--train_file", help="take the lengths of these rows, tokenised with --tokenizer")
+    parser.add_argument("--train_file", help="take these rows, tokenised with --tokenizer")
     parser.add_argument("--tokenizer", help="folder or hub id")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", help="a mode: print its kernels")
-    parser.add_argument("--trace", action="store_true", help="with --profile, write a Chrome trace beside --output")
+    parser.add_argument("--profile", help="a mode: print its kernels after the measurement")
     parser.add_argument("--output", default="step_time.json")
     own, flags = parser.parse_known_args()
-    args = train_colm.build_parser().parse_args(flags)
-    args.max_steps = 1000
-
-    torch.manual_seed(0)
-    cuda = torch.cuda.is_available()
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if cuda else "no"
-    accelerator = train_colm.make_accelerator(args)
-    device = accelerator.device
-    config_class, sizes = SHAPES[own.shape]
-    config = config_class(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    if own.shape == "tiny":
-        args.lora_r = 16
-    with device:
-        dtype = torch.bfloat16 if cuda else torch.float32
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = train_colm.add_lora(model, args)
-    if own.train_file:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(own.tokenizer)
-        rows, places = train_colm.read_rows(own.train_file)
-        train = train_colm.tokenize(rows, places, tokenizer, args, [], True)
-        keep = train_colm.small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        lengths = (torch.randn(4096, generator=generator) * 0.55 + 5.25).exp().clamp(48, 512).long()
-        train, keep = synthetic_rows(sizes["vocab_size"], lengths), set(range(7))
-    run = train_colm.build_run(args, accelerator, None, model, train, None, keep)
-    pools = [train_colm.draw_pool(len(train), 256, 0, i) for i in range(own.repeats + 2)]
-
-    rate = matrix_rate(device)
-    matrices = sum(p.numel() for n, p in run.inner.named_parameters() if p.dim() == 2 and "embed_tokens" not in n)
-    records: dict[str, list] = {name: [] for name in own.modes}
-    for i, pool in enumerate(pools):
-        probed = pool[:128][~torch.isin(train.sources[pool[:128]], torch.tensor(sorted(keep)))]
-        for mode in own.modes:
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            record = one_step(run, mode, pool, i)
-            coreset = record.pop("rows")
-            if mode.startswith("colm"):  # its own ideal: the same examples again
-                record["forward_s"] = timed(partial(ideal_step, run, probed, None, False), device)
-                record["ideal_s"] = timed(partial(ideal_step, run, probed, coreset), device)
-            records[mode].append(record)
-        if i == 1:  # two rounds of warm-up (and compilation)
-            records = {name: [] for name in records}
-
-    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}; matrix rate {rate / 1e12:.0f} TFLOP/s")  # fmt: skip
-    print(f"{own.shape}, {' '.join(flags)}, median of {own.repeats}")
-    columns = [
-        "step_s",
-        "probe_s",
-        "select_s",
-        "train_s",
-        "optimizer_s",
-        "peak_gb",
-        "probe_gb",
-        "train_gb",
-        "forward_s",
-        "ideal_s",
-    ]
-    print(f"{'':<12}" + "".join(f"{c:>12}" for c in columns) + f"{'tokens/s':>12}{'min step':>12}")
-    medians = {}
-    for name, rows in records.items():
-        if not rows:
-            continue
-        medians[name] = {c: statistics.median(r.get(c, 0) for r in rows) for c in columns}
-        tokens = statistics.median(r.get("tokens", 0) for r in rows)
-        medians[name]["tokens_per_s"] = tokens / medians[name]["step_s"]
-        medians[name]["min_step_s"] = min(r["step_s"] for r in rows)
-        print(f"{name:<12}" + "".join(f"{medians[name][c]:>12.4f}" for c in columns)
-              + f"{medians[name]['tokens_per_s']:>12.0f}{medians[name]['min_step_s']:>12.4f}")  # fmt: skip
-    for mode in own.modes:
-        if mode.startswith("colm"):
-            ratio = statistics.median(r["step_s"] / r["ideal_s"] for r in records[mode])
-            probe = statistics.median(r["probe_s"] / r["forward_s"] for r in records[mode])
-            print(
-                f"{mode}: ideal {medians[mode]['ideal_s']:.4f} s, step / ideal {ratio:.3f}, probe / forward {probe:.3f}"
-            )
-    if "ft-128" in medians:
-        tokens = statistics.median(r["tokens"] for r in records["ft-128"])
-        flops = 4 * matrices * tokens / medians["ft-128"]["train_s"]
-        print(f"ft-128: {flops / 1e12:.0f} model TFLOP/s, {flops / rate:.0%} of the matrix rate")
-    Path(own.output).write_text(json.dumps({"medians": medians, "records": records}, indent=1, default=str))
+    run = make_run(own.shape, train_colm.build_parser().parse_args(flags), own.train_file, own.tokenizer)
+    rate = matrix_rate(run.device)
+    card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate, peft)}
+    about = {"shape": own.shape, "flags": flags, "card": card, "matrix_tflops": rate / 1e12, "repeats": own.repeats}
+    print(f"{about | versions}")
+    records = measure(run, own.modes, own.repeats)
+    result = about | {"versions": versions} | report(records, rate) | {"records": records}
+    Path(own.output).write_text(json.dumps(result, indent=1))
     if own.profile:
-        profile(run, own.profile, pools[-1], own.output + ".trace.json" if own.trace else None)
-
-
-def profile(run, mode: str, pool, trace: str | None) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if run.accelerator.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        one_step(run, mode, pool, 0)
-    if trace:
-        profiler.export_chrome_trace(trace)
-    sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=70))
+        profile(run, own.profile)
 
 
 if __name__ == "__main__":

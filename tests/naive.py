@@ -59,14 +59,20 @@ def facility_gain(similarity, best, candidate):
     return math.fsum(max(0.0, similarity[i][candidate] - best[i]) for i in range(len(similarity)))
 
 
+def in_steps(similarity):
+    """What counts as a tie in Equation 8 (README, difference 7): similarities in millionths of the largest."""
+    scale = max([abs(x) for row in similarity for x in row] + [1e-30])
+    return [[float(round(x * (2.0**20 / scale))) for x in row] for row in similarity]
+
+
 def facility_location(similarity, k):
     """Equation 8, greedily and from scratch at each pick; returns the medoids in order and their cluster sizes."""
-    n = len(similarity)
+    n, steps = len(similarity), in_steps(similarity)
     best, index = [0.0] * n, []  # a row that nobody serves counts 0
     for _ in range(k):
-        gains = {c: facility_gain(similarity, best, c) for c in range(n) if c not in index}
+        gains = {c: facility_gain(steps, best, c) for c in range(n) if c not in index}
         index.append(max(gains, key=lambda c: (gains[c], -c)))  # ties: the lowest index
-        best = [max(b, row[index[-1]]) for b, row in zip(best, similarity, strict=True)]
+        best = [max(b, row[index[-1]]) for b, row in zip(best, steps, strict=True)]
     return index, cluster_sizes(similarity, index)
 
 
@@ -85,9 +91,13 @@ def objective(similarity, index):
 
 
 def largest_coordinates(rows, h):
-    """Section 4.2, Table 4: the h coordinates with the largest |mean over rows|, ties to the lowest."""
-    means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-    return sorted(range(len(means)), key=lambda j: (-abs(means[j]), j))[:h]
+    """Section 4.2, Table 4: the h coordinates with the largest |mean over rows|, ties to the lowest.
+
+    A tie is what agrees to 1/4096 of the largest (README, difference 7).
+    """
+    means = [abs(math.fsum(column)) / len(rows) for column in zip(*rows, strict=True)]
+    steps = [round(x * (4096 / max([*means, 1e-30]))) for x in means]
+    return sorted(range(len(means)), key=lambda j: (-steps[j], j))[:h]
 
 
 def sparsify(rows, h):
