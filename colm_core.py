@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # ------------------------------------------------------------------------------------------ sources and budgets (4.1)
 
@@ -89,22 +90,29 @@ def facility_location(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index, cluster_sizes(similarity, index)
 
 
-def greedy_medoids(similarity: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
+TIE = 2.0**-18  # gains within this share of N x `scale` are equal
+
+
+def greedy_medoids(similarity: Tensor, k: int, valid: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """The first k greedy picks of S problems at once, similarity [S, n, n] -> [S, k], in float64 on its own device.
 
     Greedy picks are nested, so a problem with a smaller budget takes the first of its row. Where `valid` [S, n] is
-    False a row is padding: it is never picked (while others are left) and counts for nothing.
+    False a row is padding: it is never picked (while others are left) and counts for nothing. Ties are the rule, not
+    the exception (either of two rows can serve both; so can any between the two medians of a line, and one SPSA
+    direction puts all rows on a line), and rounding must not decide them.   # DIFFERS 7
+    `scale` [S] is the size of what was rounded, by default the largest similarity.
     """
     similarity = similarity.detach().double()
-    scale = similarity.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
-    similarity = (similarity * (2.0**20 / scale)).round()  # within a millionth is a tie   # DIFFERS 7
     open_ = similarity.new_ones(similarity.shape[:2], dtype=torch.bool) if valid is None else valid.clone()
     similarity = similarity.masked_fill(~open_[:, :, None], 0)
+    scale = similarity.abs().amax((1, 2)) if scale is None else scale.to(similarity)
+    tie = TIE * open_.sum(1) * scale  # [S]
     best = similarity.new_zeros(similarity.shape[:2])  # [S, n]
     picks = torch.zeros(len(similarity), k, dtype=torch.long, device=similarity.device)
     for step in range(k):
         gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, n], what each candidate would add
-        picks[:, step] = chosen = gain.masked_fill_(~open_, -1).argmax(1)
+        gain.masked_fill_(~open_, -1)
+        picks[:, step] = chosen = (gain >= gain.amax(1, keepdim=True) - tie[:, None]).int().argmax(1)
         open_.scatter_(1, chosen[:, None], False)
         served = similarity.gather(2, chosen[:, None, None].expand(-1, similarity.shape[1], 1))[:, :, 0]
         best = torch.maximum(best, served)
@@ -314,7 +322,8 @@ def _medoids(features: Tensor, rows: list[Tensor], budgets: list[int], h: int, m
     similarity = pairwise_similarity(x, metric)  # [S, n, n]
     if similarity.numel() <= 1 << 15:
         similarity = similarity.cpu()  # a hundred launches of tiny kernels cost more than the arithmetic
-    picks = greedy_medoids(similarity, max(budgets), valid.to(similarity.device)).cpu()
+    norm = None if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=2).amax(1)  # [S]
+    picks = greedy_medoids(similarity, max(budgets), valid.to(similarity.device), norm).cpu()
     similarity = similarity.cpu()
     local = [p[:b] for p, b in zip(picks, budgets, strict=True)]
     sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, rows, local, strict=True)]
@@ -384,8 +393,9 @@ def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 1
     targets = (column >= first[owner]).nonzero()[:, 0]
     rows = owner[targets]
     counts = torch.bincount(rows, minlength=len(examples))
-    column = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions
-    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, offsets, column[None], longest)
+    column = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions,
+    widest = max(longest, size - total)  # and longer than any example
+    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, offsets, column[None], widest)
 
 
 def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
@@ -630,7 +640,7 @@ class VProjectionProbe:
         def run_copies(hidden, *args, **kwargs):
             state["dtype"] = _wider(hidden) if wide_tail else hidden.dtype
             outputs = []
-            with torch.autocast(hidden.device.type, enabled=False) if wide_tail else nullcontext():
+            with _no_narrowing(state["dtype"], hidden.device.type) if wide_tail else nullcontext():
                 for state["z"] in signed:
                     out = layer_forward(hidden.to(state["dtype"]), *args, **kwargs)
                     outputs.append(out if isinstance(out, Tensor) else out[0])
@@ -667,12 +677,30 @@ def _forward_in(state: dict, module: nn.Module) -> Callable:
         own = dict(module._parameters)
         module._parameters.update({k: None if p is None else p.detach().to(state["dtype"]) for k, p in own.items()})
         try:
-            with torch.autocast(x.device.type, enabled=False):
+            with _no_narrowing(state["dtype"], x.device.type):
                 return forward(x.to(state["dtype"]), *args, **kwargs)
         finally:
             module._parameters.update(own)
 
     return wide
+
+
+class _InFloat64(TorchFunctionMode):
+    """Asked for float32, gives float64: RMSNorm and eager attention work in float32 whatever comes in."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def widened(x):
+            return torch.float64 if x is torch.float32 else x
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(widened, args), **{name: widened(x) for name, x in (kwargs or {}).items()})
+
+
+@contextmanager
+def _no_narrowing(dtype: torch.dtype, kind: str):
+    """Outside autocast, and without modules' own casts to a precision below `dtype`."""
+    with torch.autocast(kind, enabled=False), _InFloat64() if dtype == torch.float64 else nullcontext():
+        yield
 
 
 @contextmanager

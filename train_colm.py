@@ -44,6 +44,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -87,7 +88,7 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
 }
 FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
     *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *("report_to", "trust_remote_code", "packing", "model", "train_file"),  # paths may move; the data is compared
+    *("report_to", "trust_remote_code", "packing", "train_file"),  # paths may move; the data is compared
 }
 
 
@@ -249,17 +250,19 @@ def read_rows(path: str) -> tuple[list[dict], list[str]]:
             return read_hub(path)
         raise UserError(f"{path} does not exist: give a .json or .jsonl file, or a hub dataset id such as org/name")
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as f:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} can't be read ({error}): give a UTF-8 .json or .jsonl file, plain or .gz") from None
     if not text.strip():
-        raise UserError(f"{path} is empty: give a file with at least --pool_size rows")
+        raise UserError(f"{path} is empty: give a file with rows")
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}): mend that line") from None
+        if not rows:
+            raise UserError(f"{path} holds no rows: give a file with rows")
         return rows, [f"{path} row {i + 1}" for i in range(len(rows))]
     rows, places = [], []
     for number, line in enumerate(text.split("\n"), 1):
@@ -331,6 +334,9 @@ def chat_texts(messages, place: str, tokenizer) -> tuple[str, str]:
     return prompt, whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 can't
+
+
 @dataclass
 class TokenizedRows:
     """Token ids of all rows in one flat tensor; row i is ids[offsets[i]:offsets[i + 1]]."""
@@ -366,17 +372,22 @@ def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> Tok
     has_sources = any(isinstance(row, dict) and row.get(args.source_field) is not None for row in rows)
     if has_sources and unnamed is not None:
         raise UserError(f"{places[unnamed]} has no field {args.source_field!r}, other rows do: name its source")
-    names, of_name = list(names), {}
+    names, of_name, eos = list(names), {}, tokenizer.eos_token_id
     ids, offsets, prompts, sources, numbers, shortened, dropped = [], [0], [], [], [], 0, 0
     for start in tqdm(range(0, len(rows), 1000), "tokenising", unit="k rows", disable=not show, leave=False):
         part = range(start, min(start + 1000, len(rows)))
         texts = [prompt_and_completion(rows[i], places[i], tokenizer) for i in part]
+        for i, text in zip(part, texts, strict=True):
+            if LONE_SURROGATE.search("".join(text)):
+                raise UserError(f"{places[i]} has half a surrogate pair (\\ud800 to \\udfff): mend the row")
         chat = [isinstance(rows[i], dict) and "messages" in rows[i] for i in part]  # the template has added BOS
         heads = tokenizer([t[0] for t in texts], add_special_tokens=True, verbose=False)["input_ids"]
         bare = tokenizer([t[0] for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
         tails = tokenizer([t[1] for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
         for i, is_chat, head, plain, tail in zip(part, chat, heads, bare, tails, strict=True):
-            head, tail = plain if is_chat else head, tail + [tokenizer.eos_token_id]
+            head, tail = plain if is_chat else head, tail + [eos]
+            if head[-1:] == [eos] != plain[-1:]:  # a tokenizer that ends every text by itself
+                head = head[:-1]
             bos = int(bool(head) and head[0] == tokenizer.bos_token_id)
             room = args.max_length - len(tail)
             if room < 1 or room <= bos < len(head) or not (head or len(tail) > 1):
@@ -525,7 +536,7 @@ def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int, packed: 
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if packed:
-        count = -(-sum(lengths) // (max_tokens * ranks))
+        count = min(-(-sum(lengths) // (max_tokens * ranks)), -(-len(lengths) // ranks))
         while True:
             bins: list[list[int]] = [[] for _ in range(count * ranks)]
             loads = [0] * len(bins)
@@ -668,6 +679,8 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     features[probed[mine].to(device, non_blocking=True)] = own
     features = add_up(features)
     coreset = select_coreset(features, sources, k, run.keep, args.sparsify_dims, args.similarity)
+    if not len(coreset.index):  # nothing kept, no probe finite: the loss will tell whether training can go on
+        return Choice(torch.randperm(len(pool), generator=generator)[:k], torch.ones(k), kept, skipped_probes=len(pool))
     index = run.from_main(coreset.index)
     chosen = torch.isin(probed, index)  # [n] the medoids among the probed
     history = (*map(add_up, gradients.sums(chosen[mine], device)), int(chosen.sum()))
@@ -800,8 +813,14 @@ class Clock:
 
 
 def append(path: Path, record: dict) -> None:
-    with open(path, "a") as f:
-        f.write(json.dumps(record) + "\n")
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}): free space in {path.parent}, then go on from the last "
+            "checkpoint with --resume auto"
+        ) from None
 
 
 def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
@@ -831,13 +850,16 @@ def rewind(folder: Path, step: int) -> None:
 @contextmanager
 def replacing(path: Path):
     """Write a file or folder aside and rename it: a kill at any instant leaves the old one or the new one."""
-    aside = path.with_name(f"tmp-{path.name}")
+    aside, old = path.with_name(f"tmp-{path.name}"), path.with_name(f"tmp-old-{path.name}")
     try:
         yield aside
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir():  # no folder can be renamed onto another
+            os.replace(path, old)
         os.replace(aside, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        remove(old)
         remove(aside)
 
 
@@ -846,7 +868,11 @@ def remove(path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def save_checkpoint(run: Run, step: int) -> Path:
@@ -874,7 +900,7 @@ def on_main(run: Run, write, what: str) -> None:
     if run.accelerator.is_main_process:
         try:
             write()
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
             problem = error
     if run.add_up(torch.tensor(float(problem is not None), device=run.device)):
         raise UserError(
@@ -884,7 +910,19 @@ def on_main(run: Run, write, what: str) -> None:
 
 
 def settings_of(args, train: TokenizedRows) -> dict:
-    return {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME} | {"training data": train.fingerprint()}
+    settings = {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
+    return settings | {"model": model_fingerprint(args), "training data": train.fingerprint()}
+
+
+def model_fingerprint(args) -> str | None:
+    """Equal for models of the same shape, wherever they lie."""
+    if args.model is None:
+        return None
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    shape = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+    return f"{config.model_type} {hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest()[:16]}"
 
 
 def find_checkpoint(args, folder: Path) -> Path | None:
@@ -894,6 +932,9 @@ def find_checkpoint(args, folder: Path) -> Path | None:
         if not (path / "state.pt").exists() or not (path / "settings.json").exists():
             raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
         return path
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file: choose another folder")
     found = checkpoints(folder)
     if args.resume is None and not args.overwrite and (found or (folder / "metrics.jsonl").exists()):
         raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
@@ -1014,6 +1055,10 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         VProjectionProbe(model, args.probe_module)  # before anything is wrapped or written
     except ValueError as error:
         raise UserError(str(error)) from None
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = max(data.length(i) for data in (train, held_out) if data for i in range(len(data)))
+    if longest > limit:
+        raise UserError(f"--max_length {args.max_length} exceeds the model's {limit} positions: lower it to {limit}")
     if args.packing is None:
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         args.packing = half and getattr(model, "_supports_flash_attn", False)
@@ -1157,7 +1202,8 @@ def main(argv: list[str]) -> None:
     start = load_checkpoint(run, checkpoint) if checkpoint else 0
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.glob("tmp-*"), *(checkpoints(folder) if args.overwrite else [])]:
+        stale = [path for path in checkpoints(folder) if args.overwrite or step_of(path) > start]
+        for leftover in [*folder.glob("tmp-*"), *stale, *([folder / "final"] if args.overwrite else [])]:
             remove(leftover)
         rewind(folder, start if checkpoint else -1)
     accelerator.wait_for_everyone()
@@ -1179,7 +1225,7 @@ def cli(argv: list[str]) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a host: another host may have other files
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

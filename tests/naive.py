@@ -59,20 +59,26 @@ def facility_gain(similarity, best, candidate):
     return math.fsum(max(0.0, similarity[i][candidate] - best[i]) for i in range(len(similarity)))
 
 
-def in_steps(similarity):
-    """What counts as a tie in Equation 8 (README, difference 7): similarities in millionths of the largest."""
-    scale = max([abs(x) for row in similarity for x in row] + [1e-30])
-    return [[float(round(x * (2.0**20 / scale))) for x in row] for row in similarity]
+def tie(similarity, scale=None):
+    """Gains of Equation 8 that differ by no more than this are equal (README, difference 7)."""
+    largest = max((abs(x) for row in similarity for x in row), default=0.0)
+    return 2.0**-18 * len(similarity) * (largest if scale is None else scale)
 
 
-def facility_location(similarity, k):
+def row_norm(rows, metric):
+    """The largest row, as the metric measures it: what rounding is relative to; None for the cosine."""
+    return None if metric == "cosine" else max((distance(row, [0.0] * len(row), metric) for row in rows), default=0.0)
+
+
+def facility_location(similarity, k, scale=None):
     """Equation 8, greedily and from scratch at each pick; returns the medoids in order and their cluster sizes."""
-    n, steps = len(similarity), in_steps(similarity)
+    n, equal = len(similarity), tie(similarity, scale)
     best, index = [0.0] * n, []  # a row that nobody serves counts 0
     for _ in range(k):
-        gains = {c: facility_gain(steps, best, c) for c in range(n) if c not in index}
-        index.append(max(gains, key=lambda c: (gains[c], -c)))  # ties: the lowest index
-        best = [max(b, row[index[-1]]) for b, row in zip(best, steps, strict=True)]
+        gains = {c: facility_gain(similarity, best, c) for c in range(n) if c not in index}
+        lowest = max(gains.values()) - equal
+        index.append(min(c for c, gain in gains.items() if gain >= lowest))
+        best = [max(b, row[index[-1]]) for b, row in zip(best, similarity, strict=True)]
     return index, cluster_sizes(similarity, index)
 
 
@@ -169,7 +175,7 @@ def select_coreset(features, sources, k, keep=(), h=2560, metric="l1"):
     budgets = allocate_budget([len(usable[q]) for q in present], k - len(index))
     for q, budget in zip(present, budgets, strict=True):
         rows = sparsify([features[i] for i in usable[q]], h)
-        picks, sizes = facility_location(pairwise_similarity(rows, metric), budget)
+        picks, sizes = facility_location(pairwise_similarity(rows, metric), budget, row_norm(rows, metric))
         index += [usable[q][p] for p in picks]
         weight += sizes
     return index, weight

@@ -1,0 +1,494 @@
+"""eval_superglue.py: templates, metrics by hand, batched scores against one forward per candidate, whole runs."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eval_superglue as sg
+from train_colm import demo_tokenizer
+
+ROOT = Path(__file__).parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+MULTIRC = {
+    "passage": {
+        "text": "Ann has a cat. ",
+        "questions": [
+            {"question": "Who?", "answers": [{"text": "Ann", "label": 1}, {"text": "Bob", "label": 0}]},
+            {"question": "What?", "answers": [{"text": "cat", "label": 1}, {"text": "dog", "label": 0}]},
+        ],
+    }
+}
+RECORD = {
+    "passage": {
+        "text": " Ann met Bob.\n@highlight\nThey spoke",
+        "entities": [{"start": 1, "end": 3}, {"start": 9, "end": 11}],
+    },
+    "qas": [{"query": "Then @placeholder left Bob.", "answers": [{"start": 1, "end": 3, "text": "Ann"}]}],
+}
+SQUAD = {
+    "data": [
+        {
+            "title": "Cats",
+            "paragraphs": [
+                {
+                    "context": "Cats purr.",
+                    "qas": [{"question": "Who purrs?", "answers": [{"text": "Cats"}, {"text": "All cats"}]}],
+                }
+            ],
+        }
+    ]
+}
+NO_DATE = {"day": "", "month": "", "year": ""}
+DROP = {
+    "nfl_1": {
+        "passage": "They scored 3 and 7.",
+        "qa_pairs": [
+            {"question": "How many?", "answer": {"number": "10", "spans": [], "date": NO_DATE}},
+            {"question": "Who?", "answer": {"number": "", "spans": ["Al", "Bo"], "date": NO_DATE}},
+            {
+                "question": "When?",
+                "answer": {"number": "", "spans": [], "date": {"day": "3", "month": "May", "year": "1990"}},
+                "validated_answers": [{"number": "", "spans": ["May 1990"], "date": NO_DATE}],
+            },
+        ],
+    }
+}
+YES_OR_NO = " Yes or No?\n"
+ROWS = {  # task: a row of the file, prompts, completions
+    "SST-2": ("sentence\tlabel\nit works . \t1\n", ["it works . It was"], [" great"]),
+    "CB": (
+        {"premise": "It rained.", "hypothesis": "it rained", "label": "neutral"},
+        ['Suppose It rained. Can we infer that "it rained"? Yes, No, or Maybe?\n'],
+        ["Maybe"],
+    ),
+    "RTE": (
+        {"premise": "It rained.", "hypothesis": "It was wet.", "label": "not_entailment"},
+        [f'It rained.\nDoes this mean that "It was wet." is true?{YES_OR_NO}'],
+        ["No"],
+    ),
+    "BoolQ": (
+        {"passage": "Tea -- Hot.", "question": "is tea hot", "label": True},
+        ["Tea -- Hot. Is tea hot?"],
+        [" Yes"],
+    ),
+    "WiC": (
+        {"word": "bank", "sentence1": "A bank.", "sentence2": "River banks.", "label": False},
+        ['Does the word "bank" have the same meaning in these two sentences? Yes, No?\nA bank.\nRiver banks.\n'],
+        ["No"],
+    ),
+    "WSC": (
+        {"text": "Al saw Bo and He waved.", "target": {"span1_text": "Al", "span2_text": "He"}, "label": True},
+        [f'Al saw Bo and He waved.\nIn the previous sentence, does the pronoun "he" refer to Al?{YES_OR_NO}'],
+        ["Yes"],
+    ),
+    "COPA": (
+        {
+            "premise": "It rained.",
+            "choice1": "The lawn got wet.",
+            "choice2": "I sang.",
+            "question": "effect",
+            "label": 0,
+        },
+        ["It rained so"],
+        [" the lawn got wet."],
+    ),
+    "MultiRC": (
+        MULTIRC,
+        [
+            f'Ann has a cat.\nQuestion: {q}\nI found this answer "{a}". Is that correct?{YES_OR_NO}'
+            for q, a in (("Who?", "Ann"), ("Who?", "Bob"), ("What?", "cat"), ("What?", "dog"))
+        ],
+        ["Yes", "No", "Yes", "No"],
+    ),
+    "ReCoRD": (RECORD, ["Ann met Bob.\n- They spoke\n-"], [" Then Ann left Bob."]),
+    "SQuAD": (SQUAD, ["Title: Cats\nContext: Cats purr.\nQuestion: Who purrs?\nAnswer:"], [" Cats"]),
+    "DROP": (
+        DROP,
+        [f"Passage: They scored 3 and 7.\nQuestion: {q}\nAnswer:" for q in ("How many?", "Who?", "When?")],
+        [" 10", " Al; Bo", " 3 May 1990"],
+    ),
+}
+
+
+def write(path: Path, content) -> Path:
+    rows = content if isinstance(content, list) else [content]
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_templates(task, tmp_path):
+    content, prompts, completions = ROWS[task]
+    examples = sg.read_task(task, str(write(tmp_path / "f", content)))
+    assert [e.prompt for e in examples] == prompts
+    assert [sg.training_row(e, False)["completion"] for e in examples] == completions
+    assert sg.training_row(examples[0], True)["source"] == task
+    assert sg.training_row(examples[0], False).get("source") == ("nfl" if task == "DROP" else None)
+
+
+def test_other_layouts(tmp_path):
+    """Flattened SQuAD, pretty-printed DROP, and ReCoRD with X for the placeholder."""
+    flat = {"title": "Cats", "context": "Cats purr.", "question": "Who purrs?", "answers": ["Cats", "All cats"]}
+    nested = sg.read_task("SQuAD", str(write(tmp_path / "a", SQUAD)))[0]
+    for example in sg.read_task("SQuAD", str(write(tmp_path / "b", [flat, flat]))):
+        assert (example.prompt, example.gold) == (nested.prompt, nested.gold)
+    pretty = sg.read_task("DROP", str(write(tmp_path / "c", json.dumps(DROP, indent=4))))
+    assert [e.gold for e in pretty] == [[["10"]], [["Al", "Bo"]], [["3 May 1990"], ["May 1990"]]]
+    x = {"passage": "Ann met Bob.", "query": "X left Max.", "entities": ["Ann", "Bob"], "answers": ["Bob"]}
+    example = sg.read_task("ReCoRD", str(write(tmp_path / "d", x)))[0]
+    assert example.options == {"Ann": " Ann left Max.", "Bob": " Bob left Max."} and example.gold == ["Bob"]
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def example(task, id="0", gold=("x",)):
+    return sg.Example(task, id, "", "0", "", {}, list(gold), None)
+
+
+def test_multirc_metrics():
+    gold_and_prediction = {
+        "0.0.0": (1, True),
+        "0.0.1": (0, True),
+        "0.1.0": (1, True),
+        "0.1.1": (0, False),
+        "0.2.0": (1, False),
+    }
+    pairs = [(example("MultiRC", id, [gold]), p) for id, (gold, p) in gold_and_prediction.items()]
+    found = sg.metrics_of("MultiRC", pairs)
+    assert found["accuracy"]["value"] == pytest.approx(3 / 5)
+    assert found["em"]["value"] == pytest.approx(1 / 3) and found["em"]["count"] == 3
+    assert found["f1a"]["value"] == pytest.approx(2 / 3)  # 2 hits, 3 predicted, 3 right
+    assert found["f1a"]["low"] <= found["f1a"]["value"] <= found["f1a"]["high"]
+
+
+def test_cb_macro_f1():
+    gold = ["entailment", "entailment", "contradiction", "neutral"]
+    said = ["entailment", "contradiction", "contradiction", "contradiction"]
+    pairs = [(example("CB", str(i), [g]), p) for i, (g, p) in enumerate(zip(gold, said, strict=True))]
+    assert sg.metrics_of("CB", pairs)["macro_f1"]["value"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
+def test_wilson():
+    found = sg.wilson(8, 10)
+    assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert sg.wilson(0, 5)["low"] == 0 and sg.wilson(5, 5)["high"] == 1
+
+
+@pytest.mark.parametrize(
+    "said, gold, em, f1",
+    [
+        ("The cat!", ["cat"], 1, 1),
+        ("a black cat", ["cat", "black dog"], 0, 2 / 3),
+        ("cat cat", ["cat"], 0, 2 / 3),
+        ("dog", ["cat"], 0, 0),
+        ("", ["cat"], 0, 0),
+    ],
+)
+def test_squad_scores(said, gold, em, f1):
+    assert sg.text_scores(said, gold) == pytest.approx((em, f1))
+
+
+@pytest.mark.parametrize(
+    "said, gold, em, f1",
+    [
+        ("10", [["10.0"]], 1, 1),
+        ("10 yards", [["10"]], 0, 0.67),
+        ("9 yards", [["10 yards"]], 0, 0),  # a gold number must be met
+        ("Bo; Al", [["Al", "Bo"]], 1, 1),
+        ("Al", [["Al", "Bo"]], 0, 0.5),
+        ("Al Smith; Bo", [["Bo", "Al"]], 0, 0.83),  # the mean of 2/3 and 1, rounded as officially
+        ("the 49-yard goal", [["49 yard goal"]], 1, 1),
+        ("Carol", [["3 May 1990"], ["Carol"]], 1, 1),
+        ("1,000", [["1000"]], 1, 1),
+    ],
+)
+def test_drop_scores(said, gold, em, f1):
+    assert sg.drop_scores(said, gold) == pytest.approx((em, f1))
+
+
+def test_align_is_optimal():
+    """In order, {a, c} would take the {a} that only {a} can meet."""
+    assert sg.align([{"a", "c"}, {"a"}], [{"a"}, {"c"}]) == pytest.approx((2 / 3 + 1) / 2)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_gold_scores_full_marks(task, tmp_path):
+    examples = sg.read_task(task, str(write(tmp_path / "f", ROWS[task][0])))
+    said = [sg.training_row(e, False)["completion"].strip() if not e.options else e.gold[0] for e in examples]
+    assert all(m["value"] == 1 for m in sg.metrics_of(task, list(zip(examples, said, strict=True))).values())
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+class Tokenizer:
+    eos_token_id, bos_token_id = 2, 1
+
+    def __len__(self):
+        return 97
+
+    def batch_decode(self, rows, skip_special_tokens=False):
+        return [" ".join(map(str, row)) for row in rows]
+
+    def __call__(self, texts, add_special_tokens, verbose):
+        return {"input_ids": [[1] * add_special_tokens + [3 + ord(c) % 90 for c in text] for text in texts]}
+
+
+def arguments(**given):
+    defaults = dict(option_score="sum", max_length=60, max_new_tokens=4, max_tokens_per_batch=120)
+    return argparse.Namespace(**defaults | given)
+
+
+def random_items() -> list[sg.Item]:
+    """Four passages of three questions: options of one token on two of them, of one to six on the others."""
+    draw = random.Random(0)
+
+    def ids(n):
+        return [draw.randrange(3, 97) for _ in range(n)]
+
+    items = []
+    for passage in range(4):
+        head = ids(3 + 4 * passage)
+        for question in range(3):
+            options = [ids(1) for _ in range(2)] if passage % 2 else [ids(draw.randint(1, 6)) for _ in range(3)]
+            asked = sg.Example("T", f"{passage}.{question}", "", str(passage), "", dict(enumerate(options)), [0], None)
+            items.append(sg.Item(asked, head + ids(draw.randint(1, 5)), options, False))
+    return items
+
+
+def one_forward_per_candidate(model, item: sg.Item) -> list[float]:
+    scores = []
+    for option in item.options:
+        logp = model(input_ids=torch.tensor([item.prompt + option])).logits[0].log_softmax(-1)
+        first = len(item.prompt) - 1
+        scores.append(sum(logp[first + i, token].item() for i, token in enumerate(option)))
+    return scores
+
+
+@pytest.mark.parametrize("option_score", ["sum", "mean"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "phi", "phi3", "gpt2", "gpt_neox"])
+def test_batched_scores_are_those_of_one_forward_per_candidate(kind, option_score):
+    model, items, args = tiny_model(kind, lora=kind == "llama"), random_items(), arguments(option_score=option_score)
+    scorer, batches = sg.Scorer(model, Tokenizer(), args), sg.batches_of(items, args)
+    assert all(kind == "shared" for kind, _ in batches) and len(batches) > 1
+    found = {item.example.id: record for batch in batches for item, record in scorer.run(*batch)}
+    assert len(found) == len(items)
+    for item in items:
+        wanted = one_forward_per_candidate(model, item)
+        if option_score == "mean":
+            wanted = [score / len(option) for score, option in zip(wanted, item.options, strict=True)]
+        assert found[item.example.id]["scores"] == pytest.approx(wanted, abs=1e-4)
+        assert found[item.example.id]["prediction"] == wanted.index(max(wanted))
+
+
+def test_prompt_is_encoded_once():
+    """Tokens through the model: every passage once, then each question's rest."""
+    model, items, args = tiny_model("llama", lora=False), random_items(), arguments(max_tokens_per_batch=10**6)
+    seen = []
+    scorer = sg.Scorer(model, Tokenizer(), args)
+    model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    list(scorer.run(*sg.batches_of(items[:3], args)[0]))
+    assert [rows for rows, _ in seen] == [1, 9] and seen[0][1] >= 3
+    single = sg.Item(items[3].example, items[3].prompt, items[3].options, True)
+    seen.clear()
+    list(scorer.run(*sg.batches_of([single], args)[0]))
+    assert seen == [(1, len(single.prompt))]  # options of one token cost nothing more
+
+
+def test_generation_in_a_batch_is_generation_alone():
+    model, args = tiny_model("llama", lora=False), arguments()
+    scorer = sg.Scorer(model, Tokenizer(), args)
+    items = [sg.Item(item.example, item.prompt, [], False) for item in random_items()]
+    alone = [scorer.generate([item])[0] for item in items]
+    assert scorer.generate(items) == alone and len(set(alone)) > 1
+
+
+def test_left_truncation_keeps_bos_and_options():
+    options = {0: "yes", 1: "maybe"}
+    asked = sg.Example("CB", "0", "file line 1", "0", "abcdefghij", options, [0], None)
+    tokens = Tokenizer()(["abcdefghij"], True, False)["input_ids"][0]
+    (item,) = sg.encode([asked], Tokenizer(), arguments(max_length=12))
+    assert item.prompt == [1, *tokens[-6:]] and item.shortened  # 12 - 5 of the longest option, BOS among them
+    assert not sg.encode([asked], Tokenizer(), arguments(max_length=16))[0].shortened
+    with pytest.raises(sg.UserError, match="--max_length 6 leaves no prompt to an option of 5 tokens .file line 1."):
+        sg.encode([asked], Tokenizer(), arguments(max_length=6))
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, and files of four tasks."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = demo_tokenizer()
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, bos_token_id=0, eos_token_id=0, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    words, draw = ["ant", "bee", "cat", "dog", "elk"], random.Random(0)
+
+    def text():
+        return " ".join(draw.choices(words, k=draw.randint(3, 9)))
+
+    copa = [dict(premise=text(), choice1=text(), choice2=text(), question="cause", label=i % 2) for i in range(60)]
+    cb = [dict(premise=text(), hypothesis=text(), label=draw.choice([*sg.LABELS["CB"]])) for _ in range(20)]
+    squad = [dict(title="T", context=text(), question=text(), answers=[text()]) for _ in range(20)]
+    for name, rows in {"COPA": copa, "CB": cb, "SQuAD": squad, "MultiRC": [MULTIRC] * 3}.items():
+        write(folder / name, rows)
+    return folder
+
+
+def command(world, output, *more, launch=("-m", "eval_superglue")):
+    tasks = [f"{name}={world / name}" for name in ("COPA", "CB", "SQuAD", "MultiRC")]
+    flags = [
+        "--model",
+        world / "model",
+        "--output_dir",
+        output,
+        "--max_new_tokens",
+        "5",
+        "--max_tokens_per_batch",
+        "200",
+    ]
+    return [sys.executable, *launch, "score", *tasks, *map(str, flags), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    done = subprocess.run(command(world, world / "one"), cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "macro_f1" in done.stdout and "f1a" in done.stdout
+    return world / "one"
+
+
+def test_results(finished):
+    saved = json.loads((finished / "results.json").read_text())
+    assert {task: x["questions"] for task, x in saved["results"].items()} == {
+        "COPA": 60,
+        "CB": 20,
+        "SQuAD": 20,
+        "MultiRC": 12,
+    }
+    assert saved["settings"]["--max_new_tokens"] == 5 and {"torch", "transformers"} <= set(saved["versions"])
+    x = saved["results"]["COPA"]["accuracy"]
+    assert x["low"] < x["value"] < x["high"] and x["count"] == 60
+    assert len((finished / "predictions.jsonl").read_text().splitlines()) == 112
+
+
+def test_two_processes_and_a_kill_change_nothing(world, finished):
+    """Killed under way and continued by two processes: the same results, the same predictions to the last bit."""
+    output = world / "killed"
+    run = subprocess.Popen(
+        command(world, output), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    path, limit = output / "predictions.jsonl", time.time() + 60
+    while not (path.exists() and path.read_text().count("\n") > 5) and time.time() < limit:
+        time.sleep(0.002)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    lines = path.read_text().splitlines()[:-1]
+    assert 5 <= len(lines) < 112 and not (output / "results.json").exists()
+    path.write_text("\n".join(lines) + "\n" + lines[0][:9])  # a line cut short
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "eval_superglue")
+    done = subprocess.run(command(world, output, launch=launch), cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("results.json", "predictions.jsonl"):
+        assert (output / name).read_text() == (finished / name).read_text()
+    assert sorted(p.name for p in output.iterdir()) == ["predictions.jsonl", "results.json", "settings.json"]
+
+
+def test_prepared_rows_train_and_the_adapter_is_scored(world):
+    rows, output = world / "rows.jsonl", world / "trained"
+    sg.cli(["prepare", f"CB={world / 'CB'}", f"COPA={world / 'COPA'}", "--output", str(rows), "--limit", "16"])
+    assert len(rows.read_text().splitlines()) == 32
+    flags = [
+        "--max_steps",
+        "2",
+        "--pool_size",
+        "8",
+        "--coreset_size",
+        "4",
+        "--keep_sources",
+        "COPA",
+        "--eval_every",
+        "0",
+    ]
+    train = [sys.executable, "train_colm.py", "--train_file", str(rows), "--output_dir", str(output), *flags]
+    done = subprocess.run(train, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    score = ["score", f"CB={world / 'CB'}", "--model", str(output / "final"), "--output_dir", str(world / "scored")]
+    sg.cli(score)
+    weights = json.loads((world / "scored" / "results.json").read_text())["settings"]["weights"]
+    sg.cli([*score[:-1], str(world / "base"), "--base_model", str(output / "base")])
+    assert json.loads((world / "base" / "results.json").read_text())["settings"]["weights"] == weights
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        sg.cli([str(x) for x in argv])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    "task, content, wanted",
+    [
+        ("CB", None, "does not exist"),
+        ("CB", ['{"premise": "a"', "{}"], "line 1: broken JSON"),
+        ("CB", ["[1]"], "is a int"),
+        ("CB", {"premise": "a", "hypothesis": "b"}, "line 1 has no field 'label': test files have none"),
+        ("CB", {"premise": "a", "hypothesis": "b", "label": "yes"}, "'yes' is not one of 'entailment'"),
+        ("RTE", {"premise": "a", "label": "entailment"}, "line 1 has no field 'hypothesis'"),
+        ("RTE", {"premise": 3, "hypothesis": "b", "label": "entailment"}, "field 'premise' is a int"),
+        ("SST-2", "index\tsentence\n0\tgood", "line 2 has no field 'label': test files"),
+        ("SST-2", "sentence\tlabel\ngood 1", "line 2 has 1 columns"),
+        ("SQuAD", '{"data": [\n}', "line 2: broken JSON"),
+        ("SQuAD", {"title": "t", "context": "c", "question": "q", "answers": []}, "SQuAD 2.0"),
+        ("DROP", {"p": {"passage": "x", "qa_pairs": [{"question": "q"}]}}, "has no field 'answer': test files"),
+        ("MultiRC", {"passage": {"text": "x"}}, "has no field 'questions'"),
+        ("WSC", {"text": "x", "target": {"span1_text": "x"}, "label": True}, "'target.span2_text'"),
+        ("BoolQA", {}, "is no task: write TASK=FILE with a task of SST-2, CB"),
+    ],
+)
+def test_bad_files(task, content, wanted, tmp_path, capsys):
+    path = tmp_path / "f.jsonl" if content is None else write(tmp_path / "f.jsonl", content)
+    message = refused(capsys, "prepare", f"{task}={path}", "--output", tmp_path / "out")
+    assert wanted in message and not (tmp_path / "out").exists()
+
+
+def test_bad_settings(world, finished, tmp_path, capsys):
+    score = ["score", f"CB={world / 'CB'}", "--output_dir", tmp_path / "out", "--model"]
+    assert "--max_length 9999 exceeds the model's 2048" in refused(
+        capsys, *score, world / "model", "--max_length", "9999"
+    )
+    assert "an option of" in refused(capsys, *score, world / "model", "--max_length", "3")
+    assert "--limit: 0 is out of range" in refused(capsys, *score, world / "model", "--limit", "0")
+    assert "give a causal LM" in refused(capsys, *score, tmp_path / "nothing")
+    assert "written twice" in refused(capsys, "score", f"CB={world / 'CB'}", *score[1:], world / "model")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "gone"), "peft_type": "LORA"})
+    )
+    assert f"its base model is {tmp_path / 'gone'}" in refused(capsys, *score, adapter)
+    again = [str(x) for x in command(world, finished)[3:]]
+    assert "--option_score is sum, but" in refused(capsys, *again, "--option_score", "sum")
+    assert (finished / "results.json").exists()

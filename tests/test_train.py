@@ -1,0 +1,671 @@
+"""train_colm.py launched as users launch it: one process, DDP, FSDP2, two hosts, killed, resumed and mistreated.
+
+Runs of two ranks share a launch, since starting Python takes longer than training:
+    torchrun --nproc_per_node 2 tests/test_train.py {ddp,fsdp} RUNS.json
+"""
+
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from unittest import mock
+
+import peft
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+
+import train_colm  # noqa: E402
+from train_colm import cli, read_records  # noqa: E402
+
+SCRIPT = str(REPO / "train_colm.py")
+os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subprocesses too
+COMMON = "--pool_size 24 --coreset_size 10 --lora_r 4 --lora_alpha 8 --sparsify_dims 40 --max_steps 5 --warmup_ratio 0 "
+COMMON += "--max_tokens_per_micro_batch 600 --max_length 128 --learning_rate 1e-2"
+RUNS = {  # every selection, probe and way to train; the same results are due on one process and on two ranks
+    "spsa": "--num_directions 2",
+    "paper": "--num_directions 1",  # one direction: features lie on a line, where medoids often tie
+    "grad": "--probe grad --gradient_checkpointing --medoid_weights cluster",
+    "packed": "--probe grad --packing",
+    "spsa_full": "--lora_r 0 --learning_rate 1e-3 --direction run --gradient_checkpointing",
+    "grad_full": "--lora_r 0 --learning_rate 1e-3 --probe grad --similarity cosine",
+    "random": "--selection random --gradient_checkpointing",
+    "random_keep": "--selection random_keep --lora_r 0 --learning_rate 1e-3",
+    "all": "--selection full --packing",
+}
+DROPOUT = "--lora_dropout 0.2 --direction step --save_every 2 --max_steps 6"
+SMALL = {"add", "count", "sort", "last"}
+
+
+def train(flags: list[str], stop_after: int | None = None) -> int:
+    """Run the trainer in this process, with a SIGTERM after one of its steps; returns the exit code."""
+    original = train_colm.append
+
+    def append(path, record):
+        original(path, record)
+        if path.name == "selection.jsonl" and record["step"] == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch.object(train_colm, "append", append):
+            train_colm.main(flags)
+        return 0
+    except SystemExit as exit_:
+        return exit_.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def launch(*command: str, timeout: float = 120, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run([*command], capture_output=True, text=True, timeout=timeout, cwd=cwd)
+
+
+def torchrun(*command: str, **options) -> subprocess.CompletedProcess:
+    """Two ranks on this host."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    return launch(*launcher, *command, **options)
+
+
+def accelerate_launch(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags]
+
+
+def steps(folder: Path, name: str = "metrics") -> list[dict]:
+    return read_records(folder / f"{name}.jsonl")
+
+
+def selection(folder: Path) -> str:
+    return (folder / "selection.jsonl").read_text()
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in steps(folder)]
+
+
+def weights(folder: Path) -> bytes:
+    return next((folder / "final").glob("*.safetensors")).read_bytes()
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    """Bit for bit the same run."""
+    assert losses(a) == losses(b) and len(losses(a)) > 0
+    assert selection(a) == selection(b)
+    assert steps(a, "eval") == steps(b, "eval")
+    assert weights(a) == weights(b)
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """The same coresets, and the same losses and gradients but for rounding."""
+    order_free = [[sorted(r[key]) for key in ("pool", "kept", "selected")] for r in steps(a, "selection")]
+    assert order_free == [[sorted(r[key]) for key in ("pool", "kept", "selected")] for r in steps(b, "selection")]
+    assert losses(a) == pytest.approx(losses(b), rel=2e-5) and len(losses(a)) == 5
+    norms = [[r["grad_norm"] for r in steps(folder)] for folder in (a, b)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    for key in ("eval_loss", "eval_loss_source_mean", "eval_loss_per_token", "eval_loss_of"):
+        values = [steps(folder, "eval")[-1][key] for folder in (a, b)]
+        assert values[0] == pytest.approx(values[1], rel=2e-5), key
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a tiny model, and a mixture whose rows 0 and 77 are too long to be kept."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.set_num_threads(1)
+    rows = train_colm.demo_rows("train")
+    random.Random(0).shuffle(rows)
+    for at in (0, 77):
+        rows.insert(at, {"source": "repeat", "instruction": "Go on.", "output": "ant bee " * 300})
+    for name, part in (("train", rows), ("eval", train_colm.demo_rows("eval")[::2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    tokenizer = train_colm.demo_tokenizer()
+    for name, size in (("model", 32), ("other_model", 48)):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": size, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(inputs):
+    def of(out: Path, *texts: str) -> list[str]:
+        files = ["--model", inputs / "model", "--train_file", inputs / "train.jsonl"]
+        files += ["--eval_file", inputs / "eval.jsonl", "--output_dir", out]
+        return [*map(str, files), *" ".join([COMMON, *texts]).split()]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def one_process(flags, tmp_path_factory) -> Path:
+    """A folder with every run of RUNS on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    for name, text in RUNS.items():
+        assert train(flags(folder / name, "--lora_dropout 0", text)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(flags, tmp_path_factory):
+    """Folders with every run of RUNS on two ranks, and with a run that was stopped and one that was not."""
+
+    def launch_all(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        runs = [(flags(folder / name, "--lora_dropout 0", text), None) for name, text in RUNS.items()]
+        runs += [(flags(folder / "whole", DROPOUT), None), (flags(folder / "stopped", DROPOUT), 3)]
+        runs += [(flags(folder / "stopped", DROPOUT, "--resume auto"), None)]
+        (folder / "runs.json").write_text(json.dumps(runs))
+        done = torchrun(__file__, kind, str(folder / "runs.json"), timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("stopped by SIGTERM after step 3") == 1
+        return folder
+
+    folders = {}
+    return lambda kind: folders.get(kind) or folders.setdefault(kind, launch_all(kind))
+
+
+@pytest.fixture(scope="session")
+def whole(flags, tmp_path_factory) -> Path:
+    """A run with dropout that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(flags(folder, DROPOUT)) == 0
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run in this process; the trainer must end with exit code 2 and one line that has all the words."""
+
+    def check(argv: list[str], *words: str) -> str:
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as exit_:
+            cli(argv)
+        signal.signal(signal.SIGTERM, handler)
+        lines = capsys.readouterr().err.splitlines()
+        messages = [line for line in lines if line.startswith("error: ")]
+        assert exit_.value.code == 2 and len(messages) == 1 and not any("Traceback" in line for line in lines), lines
+        assert all(word in messages[0] for word in words), messages[0]
+        return messages[0]
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------- one run and its records
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_records_tell_pool_kept_and_selected_rows_of_the_file(one_process, inputs, name):
+    folder, rows = one_process / name, [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
+    for metrics, record in zip(steps(folder), steps(folder, "selection"), strict=True):
+        pool, kept, selected = (record[key] for key in ("pool", "kept", "selected"))
+        assert len(set(pool)) == 24 and not {0, 77} & set(pool)  # those two rows were dropped
+        small = [row for row in pool if rows[row]["source"] in SMALL]
+        assert sorted(kept) == ([] if name == "random" else sorted(small))
+        assert len(set(selected)) == len(selected) == (24 if name == "all" else 10)
+        assert set(selected) <= set(pool) and (set(kept) <= set(selected) or len(kept) > 10)
+        assert (metrics["pool"], metrics["kept"], metrics["selected"]) == (24, len(kept), len(selected))
+        seconds = [metrics[f"{phase}_s"] for phase in ("probe", "select", "train")]
+        assert sum(seconds) == pytest.approx(metrics["step_s"], abs=1e-4) and metrics["peak_gb"] > 0.01
+        assert (
+            (metrics["probe_s"] > 0) == (metrics["probe_tokens"] > 0) == (name not in ("random", "random_keep", "all"))
+        )
+    assert [r["step"] for r in steps(folder)] == [1, 2, 3, 4, 5]
+    assert losses(folder)[-1] < losses(folder)[0]
+    assert [r["lr"] for r in steps(folder)][0] in (1e-2, 1e-3)
+    assert steps(folder, "eval")[-1]["eval_loss"] < steps(folder, "eval")[0]["eval_loss"]
+    assert set(steps(folder, "eval")[-1]["eval_loss_of"]) == {row["source"] for row in rows}
+
+
+def test_selections_draw_the_same_pools_and_pick_differently(one_process):
+    pools = {name: [r["pool"] for r in steps(one_process / name, "selection")] for name in RUNS}
+    assert all(pool == pools["spsa"] for pool in pools.values())
+    picks = {name: str([sorted(r["selected"]) for r in steps(one_process / name, "selection")]) for name in RUNS}
+    assert len({picks[name] for name in ("spsa", "grad", "random", "random_keep", "all")}) == 5
+
+
+@pytest.mark.parametrize("name", ["spsa", "packed", "spsa_full", "grad_full", "random_keep", "all"])
+def test_gradient_checkpointing_changes_nothing(one_process, flags, tmp_path, name):
+    switch = "--no-gradient_checkpointing" if "checkpointing" in RUNS[name] else "--gradient_checkpointing"
+    assert train(flags(tmp_path, "--lora_dropout 0", RUNS[name], switch)) == 0
+    assert_close(tmp_path, one_process / name)
+
+
+@pytest.mark.parametrize("tokens", [1, 200, 100_000])
+def test_micro_batches_change_nothing(one_process, flags, tmp_path, tokens):
+    assert train(flags(tmp_path, "--lora_dropout 0", RUNS["spsa"], f"--max_tokens_per_micro_batch {tokens}")) == 0
+    assert_close(tmp_path, one_process / "spsa")
+
+
+def test_packing_changes_nothing_even_below_its_granularity(flags, tmp_path):
+    for switch in ("--packing", "--no-packing"):
+        assert train(flags(tmp_path / switch, "--lora_dropout 0 --probe grad --max_length 70", switch)) == 0
+    assert_close(tmp_path / "--packing", tmp_path / "--no-packing")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+def test_compiling_changes_nothing(one_process, flags, tmp_path):
+    assert train(flags(tmp_path, "--lora_dropout 0 --compile", RUNS["spsa"])) == 0
+    assert_close(tmp_path, one_process / "spsa")
+
+
+def test_dropout_is_redrawn_at_each_step_and_repeats_with_the_seed(whole, flags, tmp_path):
+    assert train(flags(tmp_path / "again", DROPOUT)) == 0
+    assert_identical(tmp_path / "again", whole)
+    for name, change in (("seed", "--seed 1"), ("dropout", "--lora_dropout 0.1")):
+        assert train(flags(tmp_path / name, DROPOUT, change)) == 0
+        assert losses(tmp_path / name) != losses(whole)
+
+
+def test_the_demo_needs_no_flags_and_ends_with_a_summary(tmp_path):
+    done = launch(sys.executable, SCRIPT, cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = map(float, re.search(r"held-out loss: ([\d.]+) -> ([\d.]+) in 40 steps", done.stdout).groups())
+    assert after < before - 1
+    table = re.findall(r"^(\w+) +(\d+) +(\d+) +(\d+) +(\d+)(  \(kept whole\))?$", done.stdout, re.MULTILINE)
+    assert len(table) == 7 and {row[0] for row in table if row[5]} == SMALL
+    for row in table:
+        _, seen, kept, selected = map(int, row[1:5])
+        assert seen == kept == selected if row[5] else seen > selected > kept == 0
+    assert sum(int(row[2]) for row in table) == 40 * 64 and sum(int(row[4]) for row in table) == 40 * 32
+    final = tmp_path / re.search(r"^adapter: (.*)$", done.stdout, re.MULTILINE)[1]
+    base = AutoModelForCausalLM.from_pretrained(final.parent / "base")
+    assert peft.PeftModel.from_pretrained(base, final).peft_config["default"].r == 16
+
+
+# ------------------------------------------------------------------------------------------------------------ launching
+
+
+def test_accelerate_launch_on_one_process(one_process, flags, tmp_path):
+    command = accelerate_launch("--config_file", str(REPO / "accelerate_configs" / "cpu.yaml"), SCRIPT)
+    done = launch(*command, *flags(tmp_path, "--lora_dropout 0", RUNS["spsa"]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_identical(tmp_path, one_process / "spsa")
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_give_the_coresets_and_losses_of_one(one_process, two_ranks, kind, name):
+    folder = two_ranks(kind)
+    assert_close(folder / name, one_process / name)
+    one, two = (load_file(next((f / name / "final").glob("*.safetensors"))) for f in (one_process, folder))
+    assert one.keys() == two.keys() and all(one[key].shape == two[key].shape for key in one)
+
+
+def test_two_hosts_train_together(two_ranks, flags, tmp_path):
+    settings = ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no", "--num_machines=2", "--num_processes=2"]
+    settings += ["--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
+    hosts = []
+    for rank in range(2):
+        command = accelerate_launch(*settings, f"--machine_rank={rank}", SCRIPT)
+        command += flags(tmp_path, "--lora_dropout 0", RUNS["spsa"])
+        with open(tmp_path / f"log{rank}", "w") as log:
+            hosts.append(subprocess.Popen(command, stdout=log, stderr=log))
+    try:
+        codes = [host.wait(timeout=120) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert codes == [0, 0], [(tmp_path / f"log{rank}").read_text()[-2000:] for rank in range(2)]
+    assert_identical(tmp_path, two_ranks("ddp") / "spsa")
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("text", ["", "--probe grad --packing", "--lora_r 0 --gradient_checkpointing"])
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flags, tmp_path, capsys, text):
+    assert train(flags(tmp_path / "whole", DROPOUT, text)) == 0
+    folder = tmp_path / "stopped"
+    assert train(flags(folder, DROPOUT, text), stop_after=3) == 0
+    assert f"stopped by SIGTERM after step 3: go on from {folder / 'checkpoint-000003'}" in capsys.readouterr().out
+    assert len(losses(folder)) == 3 and not (folder / "final").exists()
+    free = "--save_every 1 --keep_checkpoints 7 --eval_every 100"  # settings that shape no result
+    assert train(flags(folder, DROPOUT, text, free, "--resume auto"), stop_after=5) == 0
+    for name in ("metrics.jsonl", "selection.jsonl"):  # records that a kill left beyond the checkpoint, one cut short
+        (folder / name).write_text((folder / name).read_text() + '{"step": 6, "loss": 0}\n{"step": 7, "lo')
+    assert train(flags(folder, DROPOUT, text, "--resume auto")) == 0
+    assert_identical(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one_on_two_ranks(two_ranks, kind):
+    assert_identical(two_ranks(kind) / "stopped", two_ranks(kind) / "whole")
+
+
+def test_a_run_resumes_from_a_named_checkpoint_and_saves_again(whole, flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    assert [p.name for p in train_colm.checkpoints(folder)] == ["checkpoint-000004", "checkpoint-000006"]
+    assert train(flags(folder, DROPOUT, f"--resume {folder}/checkpoint-000004"), stop_after=5) == 0
+    assert Path(re.search(r"go on from (\S+)", capsys.readouterr().out)[1]).exists()
+    assert len(losses(folder)) == 5
+    assert train(flags(folder, DROPOUT, "--resume auto")) == 0
+    assert_identical(folder, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, flags, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert train(flags(tmp_path / "run", DROPOUT, "--resume auto")) == 0
+    assert_identical(tmp_path / "run", whole)
+
+
+def test_old_checkpoints_and_leftovers_are_removed(flags, tmp_path):
+    (tmp_path / "tmp-checkpoint-000002").mkdir()
+    (tmp_path / "tmp-metrics.jsonl").write_text("cut sho")
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert train(flags(tmp_path, "--save_every 1 --keep_checkpoints 3 --max_steps 5")) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("metrics.jsonl", "selection.jsonl", "eval.jsonl", "final", "checkpoint-notes"),
+        *("checkpoint-000003", "checkpoint-000004", "checkpoint-000005"),
+    }
+
+
+def test_without_saving_there_is_no_checkpoint(flags, tmp_path):
+    assert train(flags(tmp_path, "--save_every 0 --max_steps 2")) == 0
+    assert not [*tmp_path.glob("checkpoint-*")] and (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("text", ["--lora_dropout 0.3", "--lora_r 0 --learning_rate 1e-3"])
+def test_the_final_model_gives_the_logits_of_the_trained_one(flags, inputs, tmp_path, text):
+    ids, found = torch.arange(3, 60)[None], []
+
+    @torch.no_grad()
+    def summary(run, final):
+        found.append(run.model(input_ids=ids).logits)
+        return ""
+
+    with mock.patch.object(train_colm, "summary", summary):
+        assert train(flags(tmp_path, text)) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final" if "lora_r 0" in text else inputs / "model")
+    untrained = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    if "lora_r 0" not in text:
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "final")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, found[0], rtol=0, atol=1e-5)
+        assert (untrained(input_ids=ids).logits - found[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["packed", "spsa_full"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_final_model_of_two_ranks_has_the_evaluated_loss(two_ranks, flags, inputs, tmp_path, kind, name):
+    folder = two_ranks(kind) / name
+    model = AutoModelForCausalLM.from_pretrained(folder / "final" if name == "spsa_full" else inputs / "model")
+    model = model if name == "spsa_full" else peft.PeftModel.from_pretrained(model, folder / "final")
+    args = train_colm.parse_args(flags(tmp_path))
+    held_out = train_colm.load_data(args, train_colm.load_tokenizer(args), show=False)[1]
+    batch = train_colm.collate([held_out.example(i) for i in range(len(held_out))])
+    with torch.no_grad():
+        loss = train_colm.example_losses(model.eval(), train_colm.LabelledLogits(model), batch).mean()
+    assert float(loss) == pytest.approx(steps(folder, "eval")[-1]["eval_loss"], rel=1e-5)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(flags, tmp_path):
+    command = [sys.executable, SCRIPT, *flags(tmp_path, "--save_every 0 --max_steps 100000")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(steps(tmp_path)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    step = len(steps(tmp_path))
+    assert process.returncode == 0 and step >= 2
+    assert f"stopped by SIGTERM after step {step}: go on from {tmp_path / f'checkpoint-{step:06d}'}" in output
+    assert "--resume auto" in output
+    assert [p.name for p in train_colm.checkpoints(tmp_path)] == [f"checkpoint-{step:06d}"]
+
+
+def test_kill_9_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(flags, tmp_path):
+    """Every third kill comes at the start of a save, the others at random times. COLM_KILLS=20 does it 20 times."""
+    kills, rng = int(os.environ.get("COLM_KILLS", 3)), random.Random(os.environ.get("COLM_KILLS_SEED", 0))
+    text = f"{DROPOUT} --max_steps {6 + 12 * kills} --save_every 1 --eval_every 0 --lora_r 64"
+    folder, in_a_save = tmp_path / "killed", 0
+    for attempt in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *flags(folder, text, "--resume auto")], stderr=subprocess.PIPE, text=True
+        )
+        start = newest(folder)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and newest(folder) <= start and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if attempt % 3 == 0:
+            while process.poll() is None and not [*folder.glob("tmp-checkpoint-*")]:
+                pass
+        else:
+            time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        process.kill()
+        process.communicate(timeout=60)
+        in_a_save += bool([*folder.glob("tmp-*")])
+        assert newest(folder) > start
+    assert train(flags(folder, text, "--resume auto")) == 0
+    assert train(flags(tmp_path / "whole", text)) == 0
+    print(f"{kills} kills, {in_a_save} of them during a save")
+    assert_identical(folder, tmp_path / "whole")
+
+
+def newest(folder: Path) -> int:
+    return max((int(p.name[-6:]) for p in train_colm.checkpoints(folder)), default=0)
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_run_with_other_settings_is_not_resumed(whole, flags, inputs, refused, tmp_path):
+    before = selection(whole)
+    for change in ("--seed 1", "--learning_rate 2e-2", "--coreset_size 9", "--probe grad", "--num_directions 3"):
+        name, value = change.split()
+        refused(flags(whole, DROPOUT, change, "--resume auto"), name, str(float(value) if "rate" in name else value))
+    refused(flags(whole, DROPOUT, "--max_steps 9 --resume auto"), "--max_steps is 9", "6")
+    lines = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "changed.jsonl").write_text("".join([*lines[:-1], lines[-2]]))
+    refused(flags(whole, DROPOUT, f"--train_file {tmp_path}/changed.jsonl --resume auto"), "training data")
+    assert selection(whole) == before
+
+
+def test_a_run_of_another_model_is_not_resumed(whole, flags, inputs, refused):
+    refused(flags(whole, DROPOUT, f"--model {inputs}/other_model --resume auto"), "--model")
+
+
+def test_a_moved_model_and_data_may_be_resumed(flags, inputs, tmp_path):
+    assert train(flags(tmp_path / "run", DROPOUT), stop_after=2) == 0
+    shutil.copytree(inputs, tmp_path / "moved")
+    moved = f"--model {tmp_path}/moved/model --train_file {tmp_path}/moved/train.jsonl"
+    assert train(flags(tmp_path / "run", DROPOUT, moved, "--resume auto")) == 0
+
+
+def test_another_run_in_the_output_folder_is_refused_or_deleted(flags, refused, tmp_path):
+    assert train(flags(tmp_path, DROPOUT)) == 0
+    before = weights(tmp_path)
+    refused(flags(tmp_path, DROPOUT), str(tmp_path), "holds another run", "--resume auto", "--overwrite")
+    assert weights(tmp_path) == before
+    assert train(flags(tmp_path, "--overwrite --max_steps 3 --save_every 0"), stop_after=2) == 0
+    assert [p.name for p in train_colm.checkpoints(tmp_path)] == ["checkpoint-000002"]
+    assert len(losses(tmp_path)) == 2 and not (tmp_path / "final").exists()
+
+
+def test_a_folder_beside_the_checkpoints_is_no_checkpoint(flags, tmp_path):
+    assert train(flags(tmp_path, DROPOUT), stop_after=2) == 0
+    shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / "checkpoint-000002-backup")
+    assert train(flags(tmp_path, DROPOUT, "--resume auto")) == 0
+    assert (tmp_path / "checkpoint-000002-backup" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("text", ["", "--lora_r 0"])
+def test_a_full_disk_leaves_the_last_checkpoint(flags, refused, tmp_path, text):
+    """A small real file system that fills up at the second checkpoint, and again at the final model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    original = train_colm.on_main
+
+    def fill_up_before(what: str):
+        def on_main(run, write, name):
+            if name == what:
+                with suppress(OSError), open(folder / "ballast", "wb", buffering=0) as f:
+                    while True:
+                        f.write(bytes(4096))
+                os.truncate(folder / "ballast", os.path.getsize(folder / "ballast") - 12288)  # some of it still fits
+            return original(run, write, name)
+
+        return mock.patch.object(train_colm, "on_main", on_main)
+
+    settings = [DROPOUT, text]
+    try:
+        for what, saved in (("checkpoint of step 4", 2), ("final model", 6)):
+            with fill_up_before(what):
+                refused(flags(folder, *settings, "--resume auto"), what, "free space", "--resume auto")
+            assert newest(folder) == saved and not (folder / "final").exists()
+            assert not [*folder.glob("tmp-*")]
+            (folder / "ballast").unlink()
+        assert train(flags(folder, *settings, "--resume auto")) == 0
+        assert train(flags(tmp_path / "whole", *settings)) == 0
+        assert_identical(folder, tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "selection.jsonl", "eval.jsonl"])
+def test_a_full_disk_while_logging_is_told(flags, refused, tmp_path, name):
+    original = train_colm.append
+
+    def append(path, record):
+        original(path, record)
+        if path.name == name and record["step"] == 2:
+            path.unlink()
+            path.symlink_to("/dev/full")
+
+    with mock.patch.object(train_colm, "append", append):
+        refused(flags(tmp_path, DROPOUT, "--eval_every 2"), "No space left", "free space in", "--resume auto")
+    assert newest(tmp_path) == 2
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def save(text: str) -> None:
+        with train_colm.replacing(tmp_path / "final") as aside:
+            aside.mkdir()
+            (aside / "weights").write_text(text)
+
+    save("old")
+    save("new")
+    assert (tmp_path / "final" / "weights").read_text() == "new"
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError):
+        save("newer")
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final" / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize("probe", ["spsa", "grad"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path, probe, value):
+    original, bad_rows = train_colm.probe_pool, []
+
+    def probe_pool(run, rows, step):
+        gradients, mine = original(run, rows, step)
+        bad = rows[mine] % 3 == 0
+        if probe == "spsa":
+            gradients.derivatives[bad, -1] = value
+        else:
+            gradients.blocks = [torch.cat(gradients.blocks)]
+            gradients.blocks[0][bad, 5] = value
+        bad_rows.append(set(run.train.numbers[rows[mine][bad]].tolist()))
+        return gradients, mine
+
+    with mock.patch.object(train_colm, "probe_pool", probe_pool):
+        assert train(flags(tmp_path, f"--probe {probe} --num_directions 2")) == 0
+    for metrics, record, bad in zip(steps(tmp_path), steps(tmp_path, "selection"), bad_rows, strict=True):
+        assert metrics["skipped_probes"] == len(bad) > 0
+        assert len(record["selected"]) == 10 and not bad & set(record["selected"])
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path):
+    original = train_colm.train_on
+
+    def train_on(run, rows, weights, step):
+        return original(run, rows, weights, step) * (float("nan") if step == 2 else 1)
+
+    with mock.patch.object(train_colm, "train_on", train_on):
+        words = "loss nan", "step 3", "--learning_rate", str(tmp_path / "checkpoint-000002")
+        refused(flags(tmp_path, DROPOUT), *words)
+    assert len(losses(tmp_path)) == 2
+    assert train(flags(tmp_path, DROPOUT, "--resume auto")) == 0
+    assert_identical(tmp_path, whole)
+
+
+@pytest.mark.parametrize("text", ["", "--keep_sources none", "--keep_sources none --probe grad", "--selection random"])
+def test_weights_that_overflow_stop_the_run(flags, refused, tmp_path, text):
+    refused(flags(tmp_path, "--learning_rate 1e30", text), "not finite", "lower --learning_rate")
+    assert 1 <= len(losses(tmp_path)) < 5
+
+
+def test_mixed_precision_in_fp16_is_refused(flags, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state(True)
+    try:
+        refused(flags(tmp_path), "fp16", "bf16")
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_a_model_without_a_known_projection_is_refused_with_candidates(flags, refused, tmp_path):
+    message = refused(flags(tmp_path, "--probe_module nowhere"), "--probe_module", "nowhere")
+    assert "self_attn.v_proj" in message and not (tmp_path / "metrics.jsonl").exists()
+    refused(flags(tmp_path, "--lora_target_modules nowhere"), "--lora_target_modules nowhere", "v_proj")
+
+
+def test_rows_longer_than_the_model_has_positions_are_refused(flags, refused, tmp_path):
+    from transformers import GPT2Config
+
+    sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 512}
+    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path / "short")
+    train_colm.demo_tokenizer().save_pretrained(tmp_path / "short")
+    refused(flags(tmp_path / "out", f"--model {tmp_path}/short"), "--max_length 128", "32")
+
+
+# --------------------------------------------------------------------------- as a program: several runs in one launch
+
+
+def run_all(argv: list[str]) -> None:
+    for flags, stop_after in json.loads(Path(argv[0]).read_text()):
+        assert train(flags, stop_after) == 0
+
+
+if __name__ == "__main__":
+    kind, file = sys.argv[1:]
+    train_colm.Accelerator.end_training = lambda self: None  # keep the process group for the next run
+    if kind == "ddp":
+        run_all([file])
+    else:
+        train_colm.cli, sys.argv = run_all, [sys.argv[0], file]
+        runpy.run_path(str(REPO / "tests" / "fsdp_cpu.py"))
