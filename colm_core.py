@@ -264,6 +264,49 @@ def sparse_features(
     return torch.cat(features)  # [n, h]
 
 
+# ---------------------------------------------------------------------------------- sources where there are none (5.4)
+
+
+def k_means(
+    x: Tensor,
+    rows: Tensor,
+    total: int,
+    clusters: int,
+    generator: torch.Generator,
+    reduce: Callable[[Tensor], Tensor] = _no_reduce,
+    iterations: int = 50,
+) -> Tensor:
+    """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
+
+    This rank holds `x` [n, d], the `rows` [n] of a data set of `total` rows; `reduce` sums over the ranks. An empty
+    cluster takes the row that lies farthest from its own centre. `generator` is on the CPU and alike on all ranks.
+    """
+
+    def of_all(values: Tensor) -> Tensor:
+        return reduce(values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values))
+
+    def row(number) -> Tensor:
+        return reduce(x[rows == number].sum(0))  # [d]
+
+    centres = row(torch.randint(total, (), generator=generator).item())[None]
+    while len(centres) < clusters:
+        nearest = of_all(torch.cdist(x, centres).amin(1)).double().cpu().square()  # [total]
+        weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
+        centres = torch.cat([centres, row(torch.multinomial(weights, 1, generator=generator).item())[None]])
+    owner = torch.full_like(rows, -1)
+    for _ in range(iterations):
+        before, (distance, owner) = owner, torch.cdist(x, centres).min(1)  # [n]
+        if not reduce((owner != before).sum()):
+            break
+        member = F.one_hot(owner, clusters).to(x)  # [n, C]; a product adds up in the same order each time
+        counts = reduce(member.sum(0))
+        centres = reduce(member.T @ x) / counts.clamp_min(1)[:, None]
+        farthest = of_all(distance).argsort(descending=True, stable=True).tolist()
+        for empty in (counts == 0).nonzero()[:, 0].tolist():
+            centres[empty] = row(farthest.pop(0))
+    return of_all(owner)
+
+
 # ------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
 
 
@@ -341,6 +384,7 @@ class MicroBatch(NamedTuple):
     targets: Tensor  # [M] those tokens
     rows: Tensor  # [M] the example each belongs to
     counts: Tensor  # [n] supervised tokens of each example
+    lengths: Tensor  # [n] all its tokens
     offsets: Tensor | None = None  # [slots] first token of each packed example, then their end; int32
     position_ids: Tensor | None = None  # [1, T]
     longest: int = 0  # at least the length of every packed example
@@ -373,7 +417,7 @@ def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBat
     supervised = (column >= first[:, None]) & (column < lengths[:, None])  # [B, T]
     rows, columns = supervised.nonzero(as_tuple=True)
     positions = rows * input_ids.shape[1] + columns - 1
-    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1))
+    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1), lengths)
 
 
 def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 128, slots: int = 32) -> MicroBatch:
@@ -395,7 +439,8 @@ def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 1
     counts = torch.bincount(rows, minlength=len(examples))
     column = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions,
     widest = max(longest, size - total)  # and longer than any example
-    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, offsets, column[None], widest)
+    packed = {"offsets": offsets, "position_ids": column[None], "longest": widest}
+    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, lengths[:-1], **packed)
 
 
 def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
@@ -472,6 +517,21 @@ def example_losses(model: nn.Module, hook: LabelledLogits, batch: MicroBatch) ->
     tokens = TokenCrossEntropy.apply(logits.flatten(0, 1), batch.targets.repeat(copies)).view(copies, -1)  # [C, M]
     sums = tokens.new_zeros(copies, len(batch.counts)).index_add(1, batch.rows, tokens)
     return sums / batch.counts
+
+
+@torch.no_grad()
+def mean_hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Mean over its tokens of what the output embedding gets to see of an example, [n, d] in float32 (5.4)."""
+    hidden: list[Tensor] = []
+
+    def capture(module, args):
+        hidden.append(batch.per_example(args[0]).float())  # [n, L, d]
+        return (args[0][:, :1], *args[1:])  # nobody needs the logits
+
+    with _hooked(model.get_output_embeddings().register_forward_pre_hook(capture)):
+        model(**batch.model_inputs())
+    real = torch.arange(hidden[0].shape[1], device=hidden[0].device) < batch.lengths[:, None]  # [n, L]
+    return (hidden[0] * real[:, :, None]).sum(1) / batch.lengths[:, None]
 
 
 class TokenCrossEntropy(torch.autograd.Function):

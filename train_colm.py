@@ -24,6 +24,7 @@ import errno
 import gc
 import gzip
 import hashlib
+import heapq
 import importlib.util
 import itertools
 import json
@@ -38,7 +39,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -62,6 +63,8 @@ from colm_core import (
     VProjectionProbe,
     collate,
     example_losses,
+    k_means,
+    mean_hidden_states,
     pack,
     packed_attention,
     select_coreset,
@@ -113,6 +116,9 @@ def build_parser() -> Parser:
     add("--coreset_size", type=int, default=64, help="K, examples trained on")
     add("--selection", choices=["colm", "random", "random_keep", "full"], default="colm")
     add("--keep_sources", nargs="+", default=["auto"], help="auto (below the mean size), none, or source names")
+    add("--cluster_sources", type=int, default=0, help="k-means clusters of hidden states that stand in for sources")
+    add("--cluster_warmup", type=int, default=20, help="steps on random coresets before the first clustering")
+    add("--cluster_updates", type=int, default=4, help="clusterings after the first, evenly over the rest of the run")
     add("--probe", choices=["spsa", "grad"], default="spsa", help="zeroth-order (the paper) or exact gradients")
     add("--num_directions", type=int, default=1, help="SPSA directions averaged at each step")
     add("--direction", choices=["step", "run"], default="step", help="redraw the directions each step, or once")
@@ -187,7 +193,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in positive + (["max_steps"] if args.max_steps is not None else []):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give a positive number")
-    for name in ("lora_r", "warmup_ratio", "weight_decay", "save_every", "eval_every", "lora_dropout"):
+    at_least_0 = ["lora_r", "warmup_ratio", "weight_decay", "save_every", "eval_every", "lora_dropout"]
+    for name in at_least_0 + ["cluster_sources", "cluster_warmup", "cluster_updates"]:
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
     for name in ("lora_dropout", "warmup_ratio"):
@@ -198,6 +205,8 @@ def check_args(args: argparse.Namespace) -> None:
             f"--coreset_size {args.coreset_size} exceeds --pool_size {args.pool_size}: "
             f"lower it to {args.pool_size} or less"
         )
+    if args.cluster_sources and args.keep_sources != ["auto"]:
+        raise UserError("--cluster_sources makes sources that have no names: leave --keep_sources at auto")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
     for package in args.report_to:
@@ -539,12 +548,12 @@ def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int, packed: 
         count = min(-(-sum(lengths) // (max_tokens * ranks)), -(-len(lengths) // ranks))
         while True:
             bins: list[list[int]] = [[] for _ in range(count * ranks)]
-            loads = [0] * len(bins)
-            for item in longest_first:
-                lightest = loads.index(min(loads))
-                bins[lightest].append(item)
-                loads[lightest] += lengths[item]
-            if all(load <= max_tokens or len(b) == 1 for load, b in zip(loads, bins, strict=True)):
+            loads = [(0, b) for b in range(len(bins))]
+            for item in longest_first:  # into the emptiest
+                load, b = loads[0]
+                bins[b].append(item)
+                heapq.heapreplace(loads, (load + lengths[item], b))
+            if all(load <= max_tokens or len(bins[b]) == 1 for load, b in loads):
                 return [bins[rank::ranks] for rank in range(ranks)]
             count += 1
     plans: list[list[list[int]]] = []
@@ -578,6 +587,7 @@ class Run:
     moments: AdamMoments
     trained: list[torch.nn.Parameter]
     modules: list[torch.nn.Module]
+    settings: dict = field(default_factory=dict)  # what a run that goes on must have in common with this one
     comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
     stop: bool = False  # SIGTERM came
 
@@ -657,12 +667,13 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     k = min(args.coreset_size, len(pool))
     generator = generator_of(args.seed, "pick", step)
     is_kept = torch.isin(sources, torch.tensor(sorted(run.keep), dtype=sources.dtype))
+    selection = "random" if args.cluster_sources and step < args.cluster_warmup else args.selection
     if args.selection == "full":
         return Choice(torch.arange(len(pool)), torch.ones(len(pool)), is_kept.nonzero()[:, 0])
-    if args.selection == "random":
+    if selection == "random":
         is_kept = torch.zeros_like(is_kept)
     kept = is_kept.nonzero()[:, 0]
-    if args.selection != "colm" or len(kept) >= k:
+    if selection != "colm" or len(kept) >= k:
         shuffled = torch.randperm(len(pool), generator=generator)
         shuffled = shuffled[is_kept[shuffled].sort(descending=True, stable=True).indices]  # kept ones first
         return Choice(shuffled[:k], torch.ones(k), kept)
@@ -687,6 +698,33 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     skipped = int((~features.isfinite().all(1)).sum())
     tokens = sum(run.train.length(row) for row in pool[probed].tolist())
     return Choice(index, coreset.weight, kept, tokens, skipped, history)
+
+
+def clustering_steps(args) -> set[int]:
+    """Steps that begin with a clustering: after the warm-up, then evenly over the rest of the run (5.4)."""
+    rest = max(0, args.max_steps - args.cluster_warmup)
+    return {args.cluster_warmup + rest * i // (args.cluster_updates + 1) for i in range(args.cluster_updates + 1)}
+
+
+def cluster_rows(run: Run, step: int) -> None:
+    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
+    run.mode(training=False)
+    features, mine = [], []
+    batches = run.micro_batches(run.train, list(range(len(run.train))), 2 * run.args.max_tokens_per_micro_batch)
+    for items, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
+        with run.accelerator.autocast():
+            features.append(mean_hidden_states(run.inner, batch)[: len(items)])
+        mine += items
+    generator = generator_of(run.args.seed, "clusters", step)
+    mine = torch.tensor(mine, device=run.device)
+    clusters = k_means(torch.cat(features), mine, len(run.train), run.args.cluster_sources, generator, run.add_up)
+    use_clusters(run, clusters.cpu())
+
+
+def use_clusters(run: Run, clusters: Tensor) -> None:
+    run.train.sources, run.train.names = clusters, [f"cluster {c}" for c in range(run.args.cluster_sources)]
+    sizes = torch.bincount(clusters, minlength=run.args.cluster_sources).tolist()
+    run.keep = small_sources({c: size for c, size in enumerate(sizes) if size})
 
 
 def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor]:
@@ -878,6 +916,7 @@ def step_of(path: Path) -> int:
 def save_checkpoint(run: Run, step: int) -> Path:
     """State after `step` optimizer steps. Every rank takes part in gathering it; rank 0 writes."""
     state = run.state() | {"scheduler": run.scheduler.state_dict(), "moments": run.moments.state_dict(), "step": step}
+    state["clusters"] = run.train.sources if run.args.cluster_sources and step > run.args.cluster_warmup else None
     folder = Path(run.args.output_dir)
     path = folder / f"checkpoint-{step:06d}"
 
@@ -885,7 +924,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
         with replacing(path) as aside:
             remove(aside)
             aside.mkdir()
-            (aside / "settings.json").write_text(json.dumps(settings_of(run.args, run.train), indent=1))
+            (aside / "settings.json").write_text(json.dumps(run.settings, indent=1))
             torch.save(state, aside / "state.pt")
         for old in checkpoints(folder)[: -run.args.keep_checkpoints]:
             shutil.rmtree(old)
@@ -941,9 +980,9 @@ def find_checkpoint(args, folder: Path) -> Path | None:
     return found[-1] if found and args.resume == "auto" else None
 
 
-def check_settings(args, train: TokenizedRows, checkpoint: Path) -> None:
+def check_settings(settings: dict, checkpoint: Path) -> None:
     saved = json.loads((checkpoint / "settings.json").read_text())
-    for name, value in settings_of(args, train).items():
+    for name, value in settings.items():
         if saved.get(name) != value:
             name = name if " " in name else f"--{name}"
             raise UserError(
@@ -961,6 +1000,8 @@ def load_checkpoint(run: Run, path: Path) -> int:
     run.scheduler.load_state_dict(state["scheduler"])
     moments = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
     run.moments.load_state_dict(moments)
+    if state["clusters"] is not None:
+        use_clusters(run, state["clusters"])
     return state["step"]
 
 
@@ -993,15 +1034,17 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
             f"--max_length {args.max_length}): lower it to {len(train)} or less"
         )
     counts = dict(enumerate(torch.bincount(train.sources).tolist()))
+    if args.cluster_sources > len(train):
+        raise UserError(f"--cluster_sources {args.cluster_sources} exceeds the {len(train)} usable rows: lower it")
     keep = set()
-    if args.keep_sources == ["auto"]:
+    if args.keep_sources == ["auto"] and not args.cluster_sources:
         if train.names == ["all"] and args.selection in ("colm", "random_keep"):
             raise UserError(
                 f"no row has a field {args.source_field!r}, which --keep_sources auto needs: name the field with "
-                "--source_field, or treat all rows as one source with --keep_sources none"
+                "--source_field, cluster the rows with --cluster_sources, or treat them alike with --keep_sources none"
             )
         keep = small_sources(counts)
-    elif args.keep_sources != ["none"]:
+    elif args.keep_sources not in (["auto"], ["none"]):
         for name in args.keep_sources:
             if name not in train.names:
                 raise UserError(f"--keep_sources {name} is no source: choose auto, none or of {', '.join(train.names)}")
@@ -1104,6 +1147,8 @@ def train_loop(run: Run, start: int) -> None:
         log_evaluation(run, 0)
     quiet = not accelerator.is_main_process
     for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)):
+        if args.cluster_sources and step in clustering_steps(args):
+            cluster_rows(run, step)
         clock = Clock(device)
         pool = draw_pool(len(run.train), args.pool_size, args.seed, step)
         choice = choose_coreset(run, pool, step, clock)
@@ -1193,11 +1238,13 @@ def main(argv: list[str]) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     train, held_out, keep = load_data(args, tokenizer, show=is_main)
     args.max_steps = args.max_steps or max(1, int(args.num_epochs * (len(train) // args.pool_size)))
+    settings = settings_of(args, train)
     if checkpoint:
-        check_settings(args, train, checkpoint)
+        check_settings(settings, checkpoint)
     accelerator = make_accelerator(args)
     model = load_model(args, accelerator, tokenizer)
     run = build_run(args, accelerator, tokenizer, model, train, held_out, keep)
+    run.settings = settings
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     start = load_checkpoint(run, checkpoint) if checkpoint else 0
     if accelerator.is_main_process:

@@ -46,6 +46,7 @@ RUNS = {  # every selection, probe and way to train; the same results are due on
     "random": "--selection random --gradient_checkpointing",
     "random_keep": "--selection random_keep --lora_r 0 --learning_rate 1e-3",
     "all": "--selection full --packing",
+    "clusters": "--probe grad --cluster_sources 3 --cluster_warmup 1 --cluster_updates 1",
 }
 DROPOUT = "--lora_dropout 0.2 --direction step --save_every 2 --max_steps 6"
 SMALL = {"add", "count", "sort", "last"}
