@@ -1,19 +1,21 @@
 """CoLM in plain PyTorch: mini-batch coresets for fine-tuning language models on data mixtures.
 
 Every formula of Nguyen et al., "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures"
-(ICLR 2025, arXiv 2407.19580v4), in the order in which a training step uses them. The file needs torch alone: copy it
-into your own repository. `train_colm.py` is the complete trainer; a step in your own loop reads
+(ICLR 2025, arXiv 2407.19580v4), under its section or equation. The file needs torch alone: copy it into your own
+repository. `train_colm.py` is the complete trainer; a step in your own loop reads
 
-    probe = VProjectionProbe(model)                        # once: finds the last V projection, changes no weight
-    logits_hook = LabelledLogits(model)                    # once: logits only where there are labels
-    moments = AdamMoments(optimizer.defaults["betas"])     # once: the history of Eq. 3-4
+    probe, logits = VProjectionProbe(model), LabelledLogits(model)      # once: no weight is changed
+    moments = AdamMoments(optimizer.defaults["betas"])                  # once: the history of Eq. 3-4
+    keep = small_sources(counts)                                        # {source id: rows in the training set}
 
-    batch = collate(pool_examples).to(device)              # N examples
+    batch = collate(pool).to(device)      # N pairs (token ids [T], prompt length); sources: integers [N]
     model.eval()
-    g = probe.gradients(lambda: example_losses(model, logits_hook, batch))                  # [N, D]
-    coreset = select_coreset(moments.normalize(g), sources, k=64, keep=small_sources(counts))
-    moments.update(g[[i for i in coreset.index.tolist() if sources[i] not in keep]])
-    model.train()                                          # ... then train on pool_examples[coreset.index] alone
+    g = probe.gradients(lambda: example_losses(model, logits, batch))                       # [N, D]
+    coreset = select_coreset(moments.normalize(g), sources, k=64, keep=keep)
+    picked = coreset.index.tolist()
+    moments.update(g[[i for i in picked if int(sources[i]) not in keep]])
+    model.train()
+    example_losses(model, logits, collate([pool[i] for i in picked]).to(device)).mean().backward()
 
 Symbols: N pool size, K coreset size, B micro-batch rows, T tokens, M supervised tokens, D probed numbers (V rows x LoRA
 rank), h kept coordinates, S sources. A comment `DIFFERS n` marks a departure from the paper or its official code; the
@@ -43,6 +45,8 @@ def small_sources(counts: Mapping[Hashable, int]) -> set:
 
 def allocate_budget(counts: Tensor, budget: int) -> Tensor:
     """Share `budget` over sources in proportion to their pool `counts` [S]; sums to min(budget, counts.sum()) (4.1).
+
+    b_q = (K - |S_s|) |V_q| / (N - |S_s|), with `budget` = K - |S_s| and the counts those of the big sources.
 
     Floors first, then +1 to the smallest budgets (ties: the first), never above a source's count.   # DIFFERS 1
     """
@@ -76,47 +80,35 @@ def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
     return distance.amax((-2, -1), keepdim=True) - distance if distance.numel() else distance
 
 
-def facility_location(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8).
+TIE = 2.0**-18  # gains within this share of N x `scale` are equal
+
+
+def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8), in float64 on its own device.
 
     Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
     earlier medoid wins a tie, and every medoid serves itself). A row that nobody serves counts 0, as in the official
-    code. Ties between candidates go to the lowest index.
+    code. Ties are the rule, not the exception (either of two rows can serve both; so can any between the two medians of
+    a line, and one SPSA direction puts all rows on a line): they go to the lowest index, and rounding must not decide
+    them.   # DIFFERS 7
+    `scale` is the size of what was rounded, by default the largest similarity.
     """
     n = len(similarity)
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
-    index = greedy_medoids(similarity[None], k)[0] if k else torch.zeros(0, dtype=torch.long, device=similarity.device)
-    return index, cluster_sizes(similarity, index)
-
-
-TIE = 2.0**-18  # gains within this share of N x `scale` are equal
-
-
-def greedy_medoids(similarity: Tensor, k: int, valid: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """The first k greedy picks of S problems at once, similarity [S, n, n] -> [S, k], in float64 on its own device.
-
-    Greedy picks are nested, so a problem with a smaller budget takes the first of its row. Where `valid` [S, n] is
-    False a row is padding: it is never picked (while others are left) and counts for nothing. Ties are the rule, not
-    the exception (either of two rows can serve both; so can any between the two medians of a line, and one SPSA
-    direction puts all rows on a line), and rounding must not decide them.   # DIFFERS 7
-    `scale` [S] is the size of what was rounded, by default the largest similarity.
-    """
     similarity = similarity.detach().double()
-    open_ = similarity.new_ones(similarity.shape[:2], dtype=torch.bool) if valid is None else valid.clone()
-    similarity = similarity.masked_fill(~open_[:, :, None], 0)
-    scale = similarity.abs().amax((1, 2)) if scale is None else scale.to(similarity)
-    tie = TIE * open_.sum(1) * scale  # [S]
-    best = similarity.new_zeros(similarity.shape[:2])  # [S, n]
-    picks = torch.zeros(len(similarity), k, dtype=torch.long, device=similarity.device)
+    index = torch.zeros(k, dtype=torch.long, device=similarity.device)
+    if not k:
+        return index, index
+    tie = TIE * n * (similarity.abs().max() if scale is None else scale.to(similarity))
+    best, picked = similarity.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=similarity.device)
     for step in range(k):
-        gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, n], what each candidate would add
-        gain.masked_fill_(~open_, -1)
-        picks[:, step] = chosen = (gain >= gain.amax(1, keepdim=True) - tie[:, None]).int().argmax(1)
-        open_.scatter_(1, chosen[:, None], False)
-        served = similarity.gather(2, chosen[:, None, None].expand(-1, similarity.shape[1], 1))[:, :, 0]
-        best = torch.maximum(best, served)
-    return picks
+        gain = (similarity - best[:, None]).clamp_(min=0).sum(0)  # [n], what each candidate would add
+        gain.masked_fill_(picked, -1)
+        index[step] = chosen = (gain >= gain.max() - tie).int().argmax()
+        picked.index_fill_(0, chosen, True)
+        best = torch.maximum(best, similarity.index_select(1, chosen[None])[:, 0])
+    return index, cluster_sizes(similarity, index)
 
 
 def cluster_sizes(similarity: Tensor, index: Tensor) -> Tensor:
@@ -137,7 +129,7 @@ def largest_coordinates(sums: Tensor, h: int) -> Tensor:
     """Per source, where the summed features are largest in magnitude, [S, D] -> [S, min(h, D)].
 
     Magnitudes within 1/4096 of the largest are ties, which go to the lowest coordinate: with no history yet all
-    features are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 7
+    features are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 8
     """
     magnitude, dims = sums.abs(), sums.shape[1]
     steps = (magnitude * (4096 / magnitude.amax(1, keepdim=True).clamp_min(1e-30))).round().long()
@@ -233,10 +225,6 @@ class PoolGradients:
         return total[0], total[1]
 
 
-def _no_reduce(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def sparse_features(
     gradients: PoolGradients,
     sources: Tensor,
@@ -244,7 +232,7 @@ def sparse_features(
     moments: AdamMoments,
     h: int,
     device,
-    reduce: Callable[[Tensor], Tensor] = _no_reduce,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     """Adam-normalised features on each source's h largest coordinates, [n, min(h, D)] (4.2), in two chunked passes.
 
@@ -273,7 +261,7 @@ def k_means(
     total: int,
     clusters: int,
     generator: torch.Generator,
-    reduce: Callable[[Tensor], Tensor] = _no_reduce,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     iterations: int = 50,
 ) -> Tensor:
     """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
@@ -288,14 +276,19 @@ def k_means(
     def row(number) -> Tensor:
         return reduce(x[rows == number].sum(0))  # [d]
 
+    def distances() -> Tensor:
+        return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")  # [n, C]
+
+    x = x - reduce(x.sum(0)) / total  # hidden states have a large part in common, which would cost precision
+
     centres = row(torch.randint(total, (), generator=generator).item())[None]
     while len(centres) < clusters:
-        nearest = of_all(torch.cdist(x, centres).amin(1)).double().cpu().square()  # [total]
+        nearest = of_all(distances().amin(1)).double().cpu().square()  # [total]
         weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
         centres = torch.cat([centres, row(torch.multinomial(weights, 1, generator=generator).item())[None]])
     owner = torch.full_like(rows, -1)
     for _ in range(iterations):
-        before, (distance, owner) = owner, torch.cdist(x, centres).min(1)  # [n]
+        before, (distance, owner) = owner, distances().min(1)  # [n]
         if not reduce((owner != before).sum()):
             break
         member = F.one_hot(owner, clusters).to(x)  # [n, C]; a product adds up in the same order each time
@@ -329,8 +322,8 @@ def select_coreset(
     """Coreset of a pool: every row of the sources in `keep`, then medoids of each other source (4.1-4.2).
 
     `features` is [N, D] (rows of kept sources are never read), `sources` [N] integers. Rows whose features are not
-    finite never become medoids; the coreset has K rows, or all usable ones when those are fewer. When the kept sources
-    alone fill the coreset, K of their rows are drawn uniformly with `generator`.   # DIFFERS 3, 4
+    finite never become medoids; the coreset has K rows, or all usable ones when those are fewer.   # DIFFERS 3
+    When the kept sources alone fill it, K of their rows are drawn uniformly with `generator`.   # DIFFERS 4
     """
     if not 0 < k <= len(sources):
         raise ValueError(f"k = {k} of a pool of {len(sources)}: k must lie in 1..{len(sources)}")
@@ -343,34 +336,17 @@ def select_coreset(
     usable = ~is_kept & features.isfinite().all(1).cpu()
     present, counts = sources[usable].unique(return_counts=True)
     budgets = allocate_budget(counts, k - len(kept)).tolist()
-    rows = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
-    groups = [range(len(rows))] if rows and max(map(len, rows)) <= 256 else [[q] for q in range(len(rows))]
     index, weight = [kept], [torch.ones_like(kept)]
-    for group in groups:  # all small sources in one batch: the device waits for launches, not for arithmetic
-        picks, sizes = _medoids(features, [rows[q] for q in group], [budgets[q] for q in group], h, metric)
-        index, weight = index + picks, weight + sizes
+    for q, budget in zip(present, budgets, strict=True):
+        rows = (usable & (sources == q)).nonzero()[:, 0]  # [n]
+        x = sparsify(features[rows.to(features.device, non_blocking=True)], h)  # [n, h]
+        similarity = pairwise_similarity(x, metric)  # [n, n]
+        norm = None if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=1).max()
+        if len(rows) <= 256:
+            similarity = similarity.cpu()  # a hundred launches of tiny kernels cost more than the arithmetic
+        picks, sizes = facility_location(similarity, budget, norm)
+        index, weight = [*index, rows[picks.cpu()]], [*weight, sizes.cpu()]
     return Coreset(torch.cat(index), torch.cat(weight))
-
-
-def _medoids(features: Tensor, rows: list[Tensor], budgets: list[int], h: int, metric: str):
-    """Medoids of several sources at once: lists of pool rows [b] and cluster sizes [b], on the host."""
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # [S, n]
-    valid = padded >= 0
-    padded = torch.where(valid, padded, padded[:, :1])  # copies of a source's first row: no distance grows
-    x = features[padded.to(features.device, non_blocking=True)]  # [S, n, H]
-    if h < x.shape[2]:
-        mask = valid.to(x.device)[:, :, None]
-        coordinates = largest_coordinates((x * mask).sum(1), h)  # [S, h]
-        x = x.gather(2, coordinates[:, None].expand(-1, x.shape[1], -1))
-    similarity = pairwise_similarity(x, metric)  # [S, n, n]
-    if similarity.numel() <= 1 << 15:
-        similarity = similarity.cpu()  # a hundred launches of tiny kernels cost more than the arithmetic
-    norm = None if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=2).amax(1)  # [S]
-    picks = greedy_medoids(similarity, max(budgets), valid.to(similarity.device), norm).cpu()
-    similarity = similarity.cpu()
-    local = [p[:b] for p, b in zip(picks, budgets, strict=True)]
-    sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, rows, local, strict=True)]
-    return [r[p] for r, p in zip(rows, local, strict=True)], sizes
 
 
 # --------------------------------------------------------------------------- losses at the supervised positions only
@@ -446,8 +422,8 @@ def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 1
 def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """Packed rows to padded ones, zero beyond each end: [T, ...] -> [len(offsets) - 1, longest, ...]."""
     index = offsets[:-1, None] + torch.arange(longest, device=x.device)  # [n, L]
-    inside = index < offsets[1:, None]
-    return x[index.clamp(max=len(x) - 1)] * inside.view(*inside.shape, *[1] * (x.dim() - 1))
+    outside = (index >= offsets[1:, None]).view(*index.shape, *[1] * (x.dim() - 1))
+    return x[index.clamp(max=len(x) - 1)].masked_fill(outside, 0)  # no product: a neighbour's NaN would pass
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -508,7 +484,7 @@ class LabelledLogits:
 
 
 def example_losses(model: nn.Module, hook: LabelledLogits, batch: MicroBatch) -> Tensor:
-    """Mean token loss of every example, [C, B] in nats, in one ordinary `model(...)` call."""
+    """L_i = mean of -log p over example i's completion tokens, [C, n] in nats, in one `model(...)`.   # DIFFERS 10"""
     hook.batch = batch
     logits = model(**batch.model_inputs()).logits  # [C, M, V]
     if hook.batch is not None:
@@ -528,7 +504,8 @@ def mean_hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
         hidden.append(batch.per_example(args[0]).float())  # [n, L, d]
         return (args[0][:, :1], *args[1:])  # nobody needs the logits
 
-    with _hooked(model.get_output_embeddings().register_forward_pre_hook(capture)):
+    with ExitStack() as stack:
+        stack.callback(model.get_output_embeddings().register_forward_pre_hook(capture).remove)
         model(**batch.model_inputs())
     real = torch.arange(hidden[0].shape[1], device=hidden[0].device) < batch.lengths[:, None]  # [n, L]
     return (hidden[0] * real[:, :, None]).sum(1) / batch.lengths[:, None]
@@ -591,6 +568,11 @@ class VProjectionProbe:
         self.module = modules[self.name]
         self.layer_name, self.layers = self._enclosing_layer(modules, self.name)
         self.layer = modules[self.layer_name]
+        if self.layer is not self.layers[-1]:
+            raise ValueError(self._candidates(model, f"{self.name} is not in the last decoder layer"))
+        last = max(i for i, name in enumerate(modules) if name.startswith(self.layer_name + "."))
+        after = [*self.layer.modules(), *list(modules.values())[last + 1 :]]  # its own, the final norm and the head
+        self.tail = [m for m in after if next(m.parameters(recurse=False), None) is not None]
         weight = self._weight(self.module)
         conv1d = type(getattr(self.module, "base_layer", self.module)).__name__ == "Conv1D"  # weight [d_in, d_out]
         d_out, d_in = weight.shape[::-1] if conv1d else weight.shape
@@ -617,6 +599,7 @@ class VProjectionProbe:
     @staticmethod
     def _candidates(model: nn.Module, problem: str) -> str:
         names = [n for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
+        names = [n for n in names if "lora_" not in n and not n.endswith("base_layer")]
         last = [n for n in names if any(part.isdigit() for part in n.split("."))][-12:]
         return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
 
@@ -659,7 +642,7 @@ class VProjectionProbe:
 
         `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`); a packed
         `batch` must be given too. Autograd runs from the V projection onward: its output becomes a leaf,
-        delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T.   # DIFFERS 5: Eq. 6 for many directions
+        delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T: Eq. 6 for many directions.   # DIFFERS 5
         """
         taped: list[Tensor] = []
 
@@ -671,7 +654,8 @@ class VProjectionProbe:
             taped.extend((low, leaf))
             return output.index_copy(-1, rows, leaf)
 
-        with torch.no_grad(), _hooked(self.module.register_forward_hook(make_leaf)):
+        with torch.no_grad(), ExitStack() as stack:
+            stack.callback(self.module.register_forward_hook(make_leaf).remove)
             loss = losses().sum()
             low, leaf = taped
             (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
@@ -708,18 +692,12 @@ class VProjectionProbe:
             return stacked if isinstance(out, Tensor) else (stacked, *out[1:])
 
         with ExitStack() as stack:
-            stack.enter_context(_hooked(self.module.register_forward_hook(add_perturbation)))
+            stack.callback(self.module.register_forward_hook(add_perturbation).remove)
             stack.enter_context(_patched_forward(self.layer, run_copies))
-            for leaf in self._tail() if wide_tail else ():
+            for leaf in self.tail if wide_tail else ():
                 stack.enter_context(_patched_forward(leaf, _forward_in(state, leaf)))
             plus, minus = losses().chunk(2)  # [n, B] each
         return (plus - minus).T / (2 * eps)
-
-    def _tail(self) -> list[nn.Module]:
-        """Modules with parameters that run from the last layer on: its own, the final norm and the head."""
-        modules = list(self.model.modules())
-        after = modules[max(modules.index(m) for m in self.layers.modules()) + 1 :]
-        return [m for m in (*self.layer.modules(), *after) if any(True for _ in m.parameters(recurse=False))]
 
 
 def _wider(x: Tensor) -> torch.dtype:
@@ -774,11 +752,3 @@ def _patched_forward(module: nn.Module, forward: Callable):
         del module.forward
         if own is not None:
             module.forward = own
-
-
-@contextmanager
-def _hooked(handle):
-    try:
-        yield
-    finally:
-        handle.remove()

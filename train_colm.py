@@ -40,6 +40,7 @@ import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -91,7 +92,8 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
 }
 FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
     *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *("report_to", "trust_remote_code", "packing", "train_file"),  # paths may move; the data is compared
+    *("report_to", "trust_remote_code", "train_file"),  # paths may move; the data is compared
+    *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
 }
 
 
@@ -120,7 +122,12 @@ def build_parser() -> Parser:
     add("--cluster_warmup", type=int, default=20, help="steps on random coresets before the first clustering")
     add("--cluster_updates", type=int, default=4, help="clusterings after the first, evenly over the rest of the run")
     add("--probe", choices=["spsa", "grad"], default="spsa", help="zeroth-order (the paper) or exact gradients")
-    add("--num_directions", type=int, default=1, help="SPSA directions averaged at each step")
+    add(
+        "--num_directions",
+        type=int,
+        default=1,
+        help="SPSA directions averaged at each step; each takes two more passes of the last layer and head",
+    )
     add("--direction", choices=["step", "run"], default="step", help="redraw the directions each step, or once")
     add("--spsa_eps", type=float, default=1e-3)
     add("--spsa_wide_tail", action=flag, default=True, help="run SPSA's perturbed tail in the next wider precision")
@@ -134,7 +141,7 @@ def build_parser() -> Parser:
     add("--lora_dropout", type=float, default=0.05)
     add("--lora_target_modules", nargs="+", help="default: the paper's for the architecture")
     add("--learning_rate", type=float, default=2e-5)
-    add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine")
+    add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine")  # DIFFERS 14
     add("--warmup_ratio", type=float, default=0.03)
     add("--weight_decay", type=float, default=0.0)
     add("--max_grad_norm", type=float, default=1.0)
@@ -207,6 +214,8 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.cluster_sources and args.keep_sources != ["auto"]:
         raise UserError("--cluster_sources makes sources that have no names: leave --keep_sources at auto")
+    if args.cluster_sources and args.selection not in ("colm", "random_keep"):
+        raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
     for package in args.report_to:
@@ -376,7 +385,10 @@ class TokenizedRows:
 
 
 def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
-    """Tokenise prompts and completions apart, add EOS, shorten long prompts from the left, drop what can't be kept."""
+    """Tokenise prompts and completions apart, add EOS, shorten long prompts from the left, drop what can't be kept.
+
+    Prompts carry no loss; the end of an answer is never cut.   # DIFFERS 12
+    """
     unnamed = next((i for i, r in enumerate(rows) if isinstance(r, dict) and r.get(args.source_field) is None), None)
     has_sources = any(isinstance(row, dict) and row.get(args.source_field) is not None for row in rows)
     if has_sources and unnamed is not None:
@@ -468,9 +480,10 @@ def load_model(args, accelerator: Accelerator, tokenizer):
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
         config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
         model = AutoModelForCausalLM.from_config(config)
+        base = Path(args.output_dir).absolute() / "base"  # what the adapter will name as its base model
         if args.lora_r and accelerator.is_main_process:
-            model.save_pretrained(Path(args.output_dir) / "base")  # what the adapter will name as its base model
-        model.name_or_path = str(Path(args.output_dir) / "base")
+            model.save_pretrained(base)
+        model.name_or_path = str(base)
     else:
         half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
         dtype = torch.bfloat16 if half else torch.float32
@@ -523,7 +536,7 @@ def add_lora(model, args):
 
 
 def seed_of(*parts) -> int:
-    """A seed for one purpose at one step: no generator needs saving, and none disturbs another."""
+    """A seed for one purpose at one step: no generator needs saving, and none disturbs another.   # DIFFERS 13"""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
@@ -531,10 +544,15 @@ def generator_of(*parts, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
+@lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(rows, generator=generator_of(seed, "pool", epoch))
+
+
 def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
     """The large mini-batch M_t^L: rows [N] of step `step`, without replacement within an epoch of rows // N pools."""
     epoch, position = divmod(step, rows // size)
-    order = torch.randperm(rows, generator=generator_of(seed, "pool", epoch))
+    order = epoch_order(rows, seed, epoch)
     return order[position * size : (position + 1) * size]
 
 
@@ -589,6 +607,7 @@ class Run:
     modules: list[torch.nn.Module]
     settings: dict = field(default_factory=dict)  # what a run that goes on must have in common with this one
     comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
+    saved: Path | None = None  # the newest checkpoint
     stop: bool = False  # SIGTERM came
 
     @property
@@ -662,7 +681,7 @@ class Choice:
 
 
 def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
-    """Steps 1 to 6 of the method on one pool."""
+    """The coreset of one pool: kept examples, then medoids of the others by --selection (Algorithm 1)."""
     args, sources = run.args, run.train.sources[pool]
     k = min(args.coreset_size, len(pool))
     generator = generator_of(args.seed, "pick", step)
@@ -678,7 +697,7 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
         shuffled = shuffled[is_kept[shuffled].sort(descending=True, stable=True).indices]  # kept ones first
         return Choice(shuffled[:k], torch.ones(k), kept)
 
-    probed = (~is_kept).nonzero()[:, 0]  # kept examples need no probe
+    probed = (~is_kept).nonzero()[:, 0]  # DIFFERS 11: kept examples need no probe
     gradients, mine = probe_pool(run, pool[probed], step)
     clock.mark("probe")
     # SPSA: every rank holds all derivatives and does the rest alone. Exact gradients: each rank holds its own rows.
@@ -689,15 +708,15 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     features = own.new_zeros(len(pool), own.shape[1])
     features[probed[mine].to(device, non_blocking=True)] = own
     features = add_up(features)
+    skipped = int((~features.isfinite().all(1)).sum())
     coreset = select_coreset(features, sources, k, run.keep, args.sparsify_dims, args.similarity)
     if not len(coreset.index):  # nothing kept, no probe finite: the loss will tell whether training can go on
         return Choice(torch.randperm(len(pool), generator=generator)[:k], torch.ones(k), kept, skipped_probes=len(pool))
-    index = run.from_main(coreset.index)
+    index, weight = run.from_main(torch.stack(coreset))  # [K], [K]
     chosen = torch.isin(probed, index)  # [n] the medoids among the probed
     history = (*map(add_up, gradients.sums(chosen[mine], device)), int(chosen.sum()))
-    skipped = int((~features.isfinite().all(1)).sum())
     tokens = sum(run.train.length(row) for row in pool[probed].tolist())
-    return Choice(index, coreset.weight, kept, tokens, skipped, history)
+    return Choice(index, weight, kept, tokens, skipped, history)
 
 
 def clustering_steps(args) -> set[int]:
@@ -757,7 +776,7 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
 
 
 def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
-    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5)."""
+    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5); new at each step.   # DIFFERS 9"""
     generator = generator_of(args.seed, "direction", step if args.direction == "step" else "run", device=device)
     return torch.randn(args.num_directions, *probe.shape, generator=generator, device=device)
 
@@ -773,7 +792,7 @@ def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
             with run.accelerator.autocast():
                 losses = example_losses(run.model, run.hook, batch)[0]  # [B]
             loss = (losses * share[items].to(run.device, non_blocking=True)).sum() if items else losses.sum() * 0
-            run.accelerator.backward(loss * run.ranks)  # DDP and FSDP take the mean over ranks
+            (loss * run.ranks).backward()  # DDP and FSDP take the mean over ranks
         total += loss.detach()
     return run.add_up(total)
 
@@ -915,10 +934,11 @@ def step_of(path: Path) -> int:
 
 def save_checkpoint(run: Run, step: int) -> Path:
     """State after `step` optimizer steps. Every rank takes part in gathering it; rank 0 writes."""
+    if run.saved and step_of(run.saved) == step:  # resumed from it, or saved a moment ago
+        return run.saved
     state = run.state() | {"scheduler": run.scheduler.state_dict(), "moments": run.moments.state_dict(), "step": step}
     state["clusters"] = run.train.sources if run.args.cluster_sources and step > run.args.cluster_warmup else None
-    folder = Path(run.args.output_dir)
-    path = folder / f"checkpoint-{step:06d}"
+    path = Path(run.args.output_dir) / f"checkpoint-{step:06d}"
 
     def write():
         with replacing(path) as aside:
@@ -926,10 +946,11 @@ def save_checkpoint(run: Run, step: int) -> Path:
             aside.mkdir()
             (aside / "settings.json").write_text(json.dumps(run.settings, indent=1))
             torch.save(state, aside / "state.pt")
-        for old in checkpoints(folder)[: -run.args.keep_checkpoints]:
+        for old in checkpoints(path.parent)[: -run.args.keep_checkpoints]:
             shutil.rmtree(old)
 
     on_main(run, write, f"checkpoint of step {step}")
+    run.saved = path
     return path
 
 
@@ -946,6 +967,13 @@ def on_main(run: Run, write, what: str) -> None:
             f"the {what} could not be written ({' '.join(str(problem).split())[:160]}): free space in "
             f"{run.args.output_dir}, then go on from the last checkpoint with --resume auto"
         )
+
+
+def check_agreement(run: Run, start: int) -> None:
+    """Ranks never exchange rows, so all must see the same data, flags and checkpoint."""
+    mine = torch.tensor([start, seed_of(run.settings)])
+    if run.add_up((run.from_main(mine) != mine).any().float().to(run.device)):
+        raise UserError("the hosts differ in data, flags or checkpoint: give all the same, and a shared --output_dir")
 
 
 def settings_of(args, train: TokenizedRows) -> dict:
@@ -970,10 +998,17 @@ def find_checkpoint(args, folder: Path) -> Path | None:
         path = Path(args.resume)
         if not (path / "state.pt").exists() or not (path / "settings.json").exists():
             raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
+        own = path.resolve().parent == folder.resolve()
+        if args.overwrite or (not own and (checkpoints(folder) or (folder / "metrics.jsonl").exists())):
+            raise UserError(f"--resume {path} would delete what --output_dir {folder} holds: choose another folder")
         return path
+    if args.resume and args.overwrite:
+        raise UserError("--resume auto and --overwrite exclude each other: drop one")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"--output_dir {folder}: {existing} is a file: choose another folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {folder}: {existing} is not writable: choose another folder")
     found = checkpoints(folder)
     if args.resume is None and not args.overwrite and (found or (folder / "metrics.jsonl").exists()):
         raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
@@ -981,7 +1016,10 @@ def find_checkpoint(args, folder: Path) -> Path | None:
 
 
 def check_settings(settings: dict, checkpoint: Path) -> None:
-    saved = json.loads((checkpoint / "settings.json").read_text())
+    try:
+        saved = json.loads((checkpoint / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{checkpoint}/settings.json can't be read: resume from another checkpoint") from None
     for name, value in settings.items():
         if saved.get(name) != value:
             name = name if " " in name else f"--{name}"
@@ -993,15 +1031,20 @@ def check_settings(settings: dict, checkpoint: Path) -> None:
 
 def load_checkpoint(run: Run, path: Path) -> int:
     """Restore everything; returns the number of steps done."""
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut or foreign file fails in many ways
+        raise UserError(f"{path}/state.pt can't be read ({type(error).__name__}): use another checkpoint") from None
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(run.model, state["model"], options=options)
-    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
+    if state["optimizer"]["state"]:  # else setting it would make a step: no update had been made
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
     run.scheduler.load_state_dict(state["scheduler"])
     moments = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
     run.moments.load_state_dict(moments)
     if state["clusters"] is not None:
         use_clusters(run, state["clusters"])
+    run.saved = path
     return state["step"]
 
 
@@ -1067,6 +1110,8 @@ def make_accelerator(args) -> Accelerator:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise UserError(f"fsdp_version {plugin.fsdp_version} is not supported: set fsdp_version: 2")
+        if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
+            raise UserError("fsdp_offload_params is not supported: set it to false")
         if plugin.activation_checkpointing:
             raise UserError(
                 "fsdp_activation_checkpointing redraws LoRA's dropout: use --gradient_checkpointing instead"
@@ -1116,7 +1161,8 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
     optimizer = optimizer.optimizer
     warmup = math.ceil(args.warmup_ratio * args.max_steps)
-    scheduler = transformers.get_scheduler(args.lr_scheduler, optimizer, warmup, args.max_steps)
+    schedule = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
+    scheduler = transformers.get_scheduler(schedule, optimizer, warmup, args.max_steps)
     run = Run(
         *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
         probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
@@ -1143,13 +1189,13 @@ def train_loop(run: Run, start: int) -> None:
     """The hand-rolled loop, from `start` steps done to --max_steps."""
     args, accelerator, folder = run.args, run.accelerator, Path(run.args.output_dir)
     device = accelerator.device
-    if run.evaluation is not None and start == 0:
+    if run.evaluation is not None and not run.saved:
         log_evaluation(run, 0)
     quiet = not accelerator.is_main_process
     for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)):
         if args.cluster_sources and step in clustering_steps(args):
             cluster_rows(run, step)
-        clock = Clock(device)
+        clock, run.comm_bytes = Clock(device), 0
         pool = draw_pool(len(run.train), args.pool_size, args.seed, step)
         choice = choose_coreset(run, pool, step, clock)
         clock.mark("select")
@@ -1173,7 +1219,6 @@ def train_loop(run: Run, start: int) -> None:
         record |= {"kept": len(choice.kept), "selected": len(rows), "skipped_probes": choice.skipped_probes}
         record |= {"tokens": sum(map(run.train.length, rows.tolist())), "probe_tokens": choice.probe_tokens}
         record |= clock.read() | {"comm_bytes": run.comm_bytes}
-        run.comm_bytes = 0
         bar.set_postfix(loss=f"{record['loss']:.4f}")
         if accelerator.is_main_process:
             number = run.train.numbers
@@ -1220,6 +1265,8 @@ def summary(run: Run, final: Path) -> str:
                 tally[source_of[row]] += 1
     sizes = torch.bincount(data.sources, minlength=len(data.names)).tolist()
     lines = [f"\n{what}: {before:.4f} -> {after:.4f} in {len(metrics)} steps"]
+    if run.args.cluster_sources:
+        lines += ["sources as clustered last:"]
     lines += [f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}"]
     for q, name in enumerate(data.names):
         small = "  (kept whole)" if q in run.keep else ""
@@ -1238,6 +1285,10 @@ def main(argv: list[str]) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     train, held_out, keep = load_data(args, tokenizer, show=is_main)
     args.max_steps = args.max_steps or max(1, int(args.num_epochs * (len(train) // args.pool_size)))
+    if args.cluster_sources and args.cluster_warmup >= args.max_steps:
+        raise UserError(
+            f"--cluster_warmup {args.cluster_warmup} reaches the last step: lower it below {args.max_steps}"
+        )
     settings = settings_of(args, train)
     if checkpoint:
         check_settings(settings, checkpoint)
@@ -1247,6 +1298,7 @@ def main(argv: list[str]) -> None:
     run.settings = settings
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     start = load_checkpoint(run, checkpoint) if checkpoint else 0
+    check_agreement(run, start)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         stale = [path for path in checkpoints(folder) if args.overwrite or step_of(path) > start]

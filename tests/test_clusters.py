@@ -46,6 +46,12 @@ def test_groups_that_lie_apart_are_found():
     assert all(torch.cdist(x[owner == c], x[owner == c]).max() < 15 for c in range(4))
 
 
+def test_a_large_common_part_does_not_hide_the_groups():
+    x, offset = points(3, 30), 1e4
+    owner = k_means(x + offset, torch.arange(90), 90, 3, seeded())
+    assert torch.equal(owner, k_means(x, torch.arange(90), 90, 3, seeded()))
+
+
 @pytest.mark.parametrize("clusters", [1, 3, 5])
 def test_equal_points_and_as_many_clusters_as_points_leave_none_empty_without_need(clusters):
     same = torch.ones(5, 2)
@@ -96,7 +102,8 @@ def test_mean_hidden_states_are_those_of_each_row_alone(kind):
             torch.testing.assert_close(got, hidden.mean(0), rtol=1e-4, atol=1e-5)
 
 
-FLAGS = "--cluster_sources 4 --cluster_warmup 2 --cluster_updates 1 --max_steps 6 --save_every 1 --keep_checkpoints 9 --eval_every 0"
+FLAGS = "--cluster_sources 4 --cluster_warmup 2 --cluster_updates 1 --max_steps 6 "
+FLAGS += "--save_every 1 --keep_checkpoints 9 --eval_every 0"
 
 
 def run(folder, *flags: str) -> None:
@@ -120,7 +127,12 @@ def test_a_clustered_run_warms_up_at_random_then_keeps_small_clusters_and_goes_o
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [("--cluster_sources 9999", "9999 exceeds the 1500"), ("--keep_sources none", "leave --keep_sources at auto")],
+    [
+        ("--cluster_sources 9999", "9999 exceeds the 1500"),
+        ("--keep_sources none", "leave --keep_sources at auto"),
+        ("--selection full", "no effect with --selection full"),
+        ("--cluster_warmup 6", "--cluster_warmup 6 reaches the last step"),
+    ],
 )
 def test_clusters_that_cannot_be_are_refused(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit, match="2"):

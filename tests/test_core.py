@@ -25,7 +25,6 @@ from colm_core import (
     collate,
     example_losses,
     facility_location,
-    greedy_medoids,
     largest_coordinates,
     pack,
     pairwise_similarity,
@@ -127,18 +126,6 @@ def test_l1_similarity_keeps_small_distances_of_large_rows():
     x = torch.tensor([[1000.0, 0.0], [1000.0, 0.001], [1001.0, 0.0]])  # |a|^2 + |b|^2 - 2ab would lose the second row
     for metric in ("l1", "l2"):
         close(pairwise_similarity(x, metric), naive.pairwise_similarity(x.tolist(), metric), tolerance=1e-7)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_problems_in_one_batch_do_not_see_each_other(metric):
-    x = torch.stack([integers(7, 3), 100 * integers(7, 3, seed=1), normal(7, 3)])
-    similarity = pairwise_similarity(x, metric)
-    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [True] + [False] * 6])
-    picks = greedy_medoids(similarity, 5, valid)
-    for s, n in enumerate((7, 4, 1)):
-        assert torch.equal(similarity[s], pairwise_similarity(x[s], metric))
-        own = similarity[s, :n, :n]
-        assert picks[s, :n].tolist() == naive.facility_location(own.tolist(), min(n, 5))[0]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -682,6 +669,11 @@ def test_packed_examples_are_the_same_examples_end_to_end(multiple, slots):
     ]
 
 
+def test_unpacking_lets_no_neighbour_through():
+    x = torch.tensor([1.0, torch.nan, 3.0])[:, None]
+    assert unpack(x, torch.tensor([0, 1, 2, 3]), 2)[[0, 2]].flatten().tolist() == [1, 0, 3, 0]
+
+
 def test_unpacking_pads_with_zeros():
     x, offsets = normal(9, 2), torch.tensor([0, 4, 5, 9])
     rows = unpack(x, offsets, 5)
@@ -753,3 +745,19 @@ def test_the_core_stands_alone():
     }
     assert names == {"__future__", "math", "collections", "contextlib", "typing", "torch"}
     assert Coreset._fields == ("index", "weight")
+
+
+def test_the_step_in_the_docstring_runs():
+    from models import tiny_model
+
+    lines = colm_core.__doc__.splitlines()
+    step = "\n".join(line[4:] for line in lines if line.startswith("    "))
+    model, g = tiny_model("llama"), torch.Generator().manual_seed(0)
+    pool = [(torch.randint(0, 97, (6 + i % 5,), generator=g), 2) for i in range(80)]
+    names = vars(colm_core) | {"model": model, "pool": pool, "device": "cpu", "counts": {0: 900, 1: 900, 2: 10}}
+    names["optimizer"] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    names["sources"] = torch.tensor([0, 1] * 38 + [2] * 4)
+    exec(step, names)
+    assert len(names["picked"]) == 64 and names["picked"][:4] == [76, 77, 78, 79]
+    assert names["moments"].updates == 1
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

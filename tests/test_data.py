@@ -14,6 +14,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import PreTrainedTokenizerFast
 
 import train_colm
@@ -532,7 +533,9 @@ def accelerator_of(monkeypatch, processes=1, precision="no", kind=DistributedTyp
         num_processes=processes,
         device=torch.device("cpu"),
         state=SimpleNamespace(
-            fsdp_plugin=SimpleNamespace(**{"fsdp_version": 2, "activation_checkpointing": 0} | plugin)
+            fsdp_plugin=SimpleNamespace(
+                **{"fsdp_version": 2, "activation_checkpointing": False, "cpu_offload": OffloadPolicy()} | plugin
+            )
         ),
     )
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -545,6 +548,7 @@ def accelerator_of(monkeypatch, processes=1, precision="no", kind=DistributedTyp
     [
         ({"kind": DistributedType.FSDP, "fsdp_version": 1}, "fsdp_version 1 .*fsdp_version: 2"),
         ({"kind": DistributedType.FSDP, "activation_checkpointing": True}, "fsdp_activation.*--gradient_checkpointing"),
+        ({"kind": DistributedType.FSDP, "cpu_offload": CPUOffloadPolicy()}, "fsdp_offload_params .*set it to false"),
         ({"kind": DistributedType.DEEPSPEED}, "DEEPSPEED.*FSDP2"),
         ({"precision": "fp16"}, "fp16.*bf16"),
         ({"precision": "fp8"}, "fp8.*bf16"),

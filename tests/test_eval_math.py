@@ -1,6 +1,5 @@
-"""eval_math.py and math_scores.py: awkward answers, hostile programs, decoding against `generate`, cut runs."""
+"""eval_math.py: awkward answers, hostile programs, decoding against `generate`, cut runs."""
 
-import doctest
 import json
 import os
 import re
@@ -16,8 +15,7 @@ import torch
 from models import VOCAB, tiny_model
 
 import eval_math as E
-import math_scores as S
-from train_colm import UserError, demo_tokenizer
+from train_colm import demo_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,14 +23,14 @@ ROOT = Path(__file__).parent.parent
 
 # gold | answers that are right | answers that are wrong, all after "The answer is "; ; separates
 STRICT = r"""
-3 | 3; 3.0; 3.; $3; 3 apples; about 3; **3**; \boxed{3}; x = 3; 2 + 1 = 3; +3; \(3\); \text{3}; 6/2; $3$; 3.0000000001; `3` | 3.4; 2.6; -3; 13; 3 or 4; 3x; 3i; 3,000; less than 3; 3 million; ; 3/0; not 3; 33; 3:4
+3 | 3; 3.0; 3.; $3; 3 apples; 4 - 1 = 3 apples; about 3; **3**; \boxed{3}; x = 3; 2 + 1 = 3; +3; \(3\); \text{3}; 6/2; $3$; 3.0000000001; `3` | 3.4; 2.6; -3; 13; 3 or 4; 3x; 3i; 3,000; less than 3; 3 million; ; 3/0; not 3; 33; 3:4
 -4 | -4; −4; - 4; minus 4; negative 4; -\$4; $-4$; -4.0; -8/2; \(-4\) | 4; -4.2; 0; --; -40
 2,125 | 2125; $2,125; 2,125.00; 2125 dollars; \$2{,}125; 2,\!125; 2.125 thousand; 2.125e3; 2.125 \times 10^3 | 2; 125; 2.125; 2,1250; 2126; 2125 cents and 3
 1000000 | 1,000,000; 1 million; 10^6; 1e6; 1.0e+06; 1000000.0 | 1,000,001; 1000000.9; 1 billion; 10^7; 100000
 0 | 0; 0.0; -0; 0/5; \$0; 0 km | 0.0001; O; none; 1e-3
 0.5 | 1/2; .5; 0.50; \frac{1}{2}; \frac12; \dfrac{1}{2}; 50%; 50\%; 50 percent; $\frac{1}{2}$; 2/4; \frac 1 2 | 5; 0.05; 1/3; 2; 0.51
 \frac{1}{3} | 1/3; 0.333333; 0.3333333333; 2/6; 33.33333333%; \tfrac13; x=\frac{1}{3} | 0.33; 0.3; 3; 1/3 or 2/3; 1/4; 1/30
-4.17 | 4.17; 4.1666666667; $4.17; 4.170; 25/6; 4.17 dollars | 4.2; 4.1; 4; 417; 4.18
+4.17 | 4.17; 4.1666666667; $4.17; 4.170; 25/6; 25 / 6 = 4.1666666667; 4.17 dollars | 4.2; 4.1; 4; 417; 4.18
 .0000672 | 0.0000672; 6.72e-5; 6.72 \times 10^{-5}; 6.72*10**-5 | 0.000067; 0; 6.72; 0.00067
 50\% | 50%; 50; 0.5; 1/2; 50 percent; $50\%$ | 5; 500; 0.05; 50.5; 1/5
 25 \, \text{km} | 25; 25 km; 25km; 25 kilometers; $25$ \text{km} | 25 m; 25 miles; 250; 25 km^3 or 26
@@ -50,6 +48,7 @@ x=9 | 9; x = 9; 9.0 | y=9; x=-9; 90
 [0,25] | [0,25]; [0, 25]; \left[0,25\right] | (0,25); [0,25); 0, 25; \{0,25\}; [25,0]; 25
 (-\infty,3)\cup(3,\infty) | (3,\infty)\cup(-\infty,3); (-\infty, 3) \cup (3, \infty) | (-\infty,3]\cup(3,\infty); (-\infty,\infty); (3,\infty)
 3, 5, 7 | 3,5,7; 7, 5, 3; \{3,5,7\}; 3, 5 and 7; [3, 5, 7]; 3, 5, and 7 | 3, 5; 3; 3, 5, 7, 9; 3, 5, 8; 357; 3, 3, 5
+3, 5 | 5, 3; [3, 5]; 3 and 5; \{3, 5\}; (3, 5) | 3; 35; [3, 7]; 3, 5, 7
 \{1\pm\sqrt{5},-2\} | -2, 1+\sqrt{5}, 1-\sqrt{5}; -2, 1\pm\sqrt{5} | 1\pm\sqrt{5}; -2; 1+\sqrt{5}, -2
 \frac{1}{2}, 1, 2 | 0.5, 1, 2; 2, 1, 1/2 | 1, 2; 1/2; 2, 1, 1/3
 7, -2, \text{ and } -5 | -5, -2, 7; 7, -2 and -5 | 7, -2; 7, 2, 5
@@ -91,6 +90,7 @@ RESPONSES = [  # task, question, gold, response, paper, strict
     ("numglue", WEB, "B", "The answer is B", True, True),
     ("numglue", WEB, "B", "The answer is (B)", True, True),
     ("numglue", WEB, "B", "The answer is (b) tree.", True, True),
+    ("numglue", WEB, "B", "The answer is \\boxed{B}", True, True),
     ("numglue", WEB, "B", "The answer is tree", False, True),
     ("numglue", WEB, "B", "The answer is a tree", False, True),  # paper: option A
     ("numglue", WEB, "A", "The answer is a tree", True, False),
@@ -141,6 +141,7 @@ RESPONSES = [  # task, question, gold, response, paper, strict
     ("deepmind", "?", "12 3 0", "The answer is 12 3 0", False, True),
     ("deepmind", "?", "12 3 0", "The answer is 12, 3, 0", False, True),
     ("deepmind", "?", "12 3 0", "The answer is 0, 3, 12", False, False),
+    ("deepmind", "?", "12 3 0", "The answer is 1230", False, False),
     ("math", "?", "\\frac{1}{2}", "The answer is $\\frac{1}{2}$", False, True),  # paper: dollar signs stay
     ("math", "?", "\\frac{1}{2}", "The answer is 1/2", True, True),
     ("math", "?", "\\frac{1}{2}", "The answer is 0.5", True, True),
@@ -155,6 +156,16 @@ RESPONSES = [  # task, question, gold, response, paper, strict
     ("math", "?", "17\\text{ meters}", "The answer is 17 \\text{ feet}", True, False),
     ("math", "?", "44\\%", "The answer is 44", True, True),
     ("math", "?", "x=9", "The answer is 9", True, True),
+    ("math", "?", "3", "So we get 3", True, True),
+    ("math", "?", "2, .5", "The answer is 2, 0.5", True, True),
+    (
+        "math",
+        "?",
+        "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+        "The answer is \\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}",
+        True,
+        True,
+    ),
     ("mine", "?", "5", "The answer is a 5", True, True),
     ("mine", "Options: (A) 3 (B) 5", "B", "The answer is 5", False, True),
 ]
@@ -165,10 +176,6 @@ def test_both_scores_of_whole_responses():
     for place, name in ((4, "paper"), (5, "strict")):
         got = verdicts(rows, name)
         assert [(name, case) for case, verdict in zip(RESPONSES, got, strict=True) if case[place] != verdict] == []
-
-
-def test_examples_of_the_docstring():
-    assert doctest.testmod(S) == (0, 3)
 
 
 SAMPLES = {  # a row or two of each set, as its file has them
@@ -201,9 +208,9 @@ def test_gold_answers_are_right(task, tmp_path):
 def test_long_answers_are_read_in_little_time(text):
     start = time.perf_counter()
     for response in (text, "The answer is " + text, "\\boxed{" + text):
-        S.strict_correct("math", "?", response, "3", lambda *pair: False)
-        S.paper_correct("math", response, "3")
-        S.paper_correct("gsm8k", response, "3")
+        E.strict_verdict("math", "?", response, "3")
+        E.paper_correct("math", response, "3")
+        E.paper_correct("gsm8k", response, "3")
     assert time.perf_counter() - start < 2
 
 
@@ -263,9 +270,9 @@ HOSTILE = {  # name: program, status
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Every hostile program, two at a time."""
-    S.tempfile.tempdir = str(tmp_path_factory.mktemp("programs"))
+    E.tempfile.tempdir = str(tmp_path_factory.mktemp("programs"))
     with E.ThreadPoolExecutor(2) as pool:
-        run = lambda case: S.run_program(case[0], seconds=3)  # noqa: E731
+        run = lambda case: E.run_program(case[0], seconds=3, megabytes=512)  # noqa: E731
         return dict(zip(HOSTILE, pool.map(run, HOSTILE.values()), strict=True))
 
 
@@ -275,26 +282,25 @@ def test_hostile_program_is_contained(results, name):
     assert len(results[name].output) <= 2**16
 
 
-def test_nothing_is_left_of_hostile_programs(results):
-    assert not list(Path(S.tempfile.gettempdir()).iterdir())
-    assert S.open_doors() == []
+def test_nothing_is_left_of_hostile_programs(results, capsys):
+    assert not list(Path(E.tempfile.gettempdir()).iterdir())
+    E.check_programs()
+    assert capsys.readouterr().err == ""
 
 
-def test_without_the_filter_limits_still_hold_and_open_doors_are_named(monkeypatch):
-    monkeypatch.setattr(S, "filter_code", lambda: b"")
-    assert {"network", "processes", "files"} <= set(S.open_doors())
-    assert S.run_program("while True: print('x' * 1000)", seconds=5).status == "output"
-    assert S.run_program("import time; print('child', flush=True); time.sleep(9)", seconds=1).status == "timeout"
-    assert S.run_program("x = 'a' * 10**11").status == "memory"
+def test_the_evaluator_in_reach_is_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr(E, "run_program", lambda source: E.Result("ok", "", ""))
+    E.check_programs()
+    assert "warning: this system lets programs read the evaluator's environment" in capsys.readouterr().err
 
 
 def test_programs_compute_without_our_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert S.run_program("import os; print(sorted(os.environ))").output.count("TOKEN") == 0
+    assert E.run_program("import os; print(sorted(os.environ))").output.count("TOKEN") == 0
     solve = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - 4, x))\n"
     solve += "import numpy as np\nprint(np.arange(3) @ np.eye(3))"
-    assert S.run_program(solve).output.splitlines() == ["[-2, 2]", "[0. 1. 2.]"]
-    assert S.run_program("import math\nprint(math.pi, 'é')").output == "3.141592653589793 é"
+    assert E.run_program(solve).output.splitlines() == ["[-2, 2]", "[0. 1. 2.]"]
+    assert E.run_program("import math\nprint(math.pi, 'é')").output == "3.141592653589793 é"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +328,9 @@ def test_batched_decoding_equals_one_at_a_time(kind):
     prompts = [torch.randint(40, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     queue = deque(E.Request(E.Row("t", i, "", ""), prompt) for i, prompt in enumerate(prompts))
     batch = E.Batch(model, 250, max_new, stop)  # about four rows at once: they come and go
-    got = {r.row.number: r.tokens for r in E.decode(batch, queue)}
+    got = {}
+    while queue or batch.requests:
+        got |= {r.row.number: r.tokens for r in batch.step(queue)}
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": max_new, "eos_token_id": sorted(stop), "pad_token_id": 0, "do_sample": False}
@@ -437,24 +445,22 @@ def test_an_adapter_is_scored_on_its_base(home):
     "more, message",
     [
         (["--tasks", "gms8k"], "gms8k is unknown: choose of gsm8k, math, numglue, svamp, deepmind, simuleq"),
-        (["--tasks", "gsm8k"], "--tasks gsm8k needs --data_dir"),
+        (["--tasks", "gsm8k"], "data/gsm8k.jsonl does not exist"),
         (["--tasks", "svamp", "--data_dir", "nowhere"], "nowhere/svamp.json does not exist"),
         (["--tasks", "HOME/broken.jsonl"], "broken.jsonl line 2: broken JSON"),
         (["--tasks", "HOME/noanswer.jsonl"], "noanswer.jsonl line 1 has no field 'answer'"),
         (["--tasks", "HOME/list.json"], "list.json row 1: field 'answer' is .* must be a text or a number"),
         (["--tasks", "HOME/number.jsonl"], "number.jsonl line 1 has no field 'question'"),
         (["--tasks", "HOME/sums.jsonl", "HOME/sums.jsonl"], "names a task twice"),
-        (["--output_dir", "HOME/whole", "--max_rows", "3"], "--max_rows is 3, but .*whole holds a run with None"),
-        (["--output_dir", "HOME/whole", "--max_new_tokens", "9"], "--max_new_tokens is 9, but .* with 24"),
+        (["--output_dir", "HOME/whole", "--max_rows", "3"], "max_rows is 3, but .*whole holds a run with None"),
+        (["--output_dir", "HOME/whole", "--max_new_tokens", "9"], "max_new_tokens is 9, but .* with 24"),
         (["--mode", "pot"], "allow it with --execute_programs"),
         (["--cot_backup"], "--cot_backup has no effect"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of range"),
-        (["--max_new_tokens", "900"], "--max_tokens_per_batch is below"),
-        (["--max_new_tokens", "4000", "--max_tokens_per_batch", "9000"], "leaves no room for a prompt"),
-        (["--model", "HOME/nothing"], "nothing can't be loaded .*: give a causal LM's folder"),
-        (["--model", "HOME/orphan"], "orphan, an adapter of /gone, can't be loaded .* --base_model"),
+        (["--max_new_tokens", "4000"], "leaves no room for a prompt"),
+        (["--model", "HOME/nothing"], "--model .*nothing: .*: give a causal LM's folder"),
+        (["--model", "HOME/orphan"], "--model .*orphan: .*: its base is /gone, name another folder with --base_model"),
         (["--tasks", "HOME/none.json"], "none.json holds no rows"),
-        (["--base_model", "x"], "is no adapter: leave --base_model out"),
         (["--beam", "4"], "unrecognized arguments: --beam 4"),
     ],
 )
@@ -473,7 +479,12 @@ def test_bad_input_is_one_line(home, whole, capsys, more, message):
     assert end.value.code == 2 and re.search(f"^error: .*{message}", line)
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(E.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install 'math-verify"):
-        E.parse_args(["--model", "x"])
+def test_without_a_filter_no_program_runs_and_the_strict_score_is_left_out(home, monkeypatch, capsys):
+    monkeypatch.setattr(E, "filter_code", bytes)
+    assert E.run_program("print(1)")[:2] == ("error", "")
+    with pytest.raises(SystemExit):
+        E.cli(flags(home, "vax", "--mode", "pot", "--execute_programs"))
+    assert "error: --execute_programs needs Linux on x86_64 (OSError: the kernel" in capsys.readouterr().err
+    E.main(flags(home, "vax", "--max_rows", "2"))
+    assert "no strict score: it needs Linux and pip install 'math-verify" in capsys.readouterr().out
+    assert "strict" not in json.loads((home / "vax" / "results.json").read_text())["average"]

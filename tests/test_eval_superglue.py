@@ -36,19 +36,16 @@ RECORD = {
     },
     "qas": [{"query": "Then @placeholder left Bob.", "answers": [{"start": 1, "end": 3, "text": "Ann"}]}],
 }
-SQUAD = {
-    "data": [
-        {
-            "title": "Cats",
-            "paragraphs": [
-                {
-                    "context": "Cats purr.",
-                    "qas": [{"question": "Who purrs?", "answers": [{"text": "Cats"}, {"text": "All cats"}]}],
-                }
-            ],
-        }
-    ]
-}
+
+
+def squad(contexts):
+    """The answer to everything is "Cats" or "All cats"."""
+    answers = [{"text": "Cats"}, {"text": "All cats"}]
+    paragraphs = [{"context": x, "qas": [{"question": "Who purrs?", "answers": answers}]} for x in contexts]
+    return {"data": [{"title": "Cats", "paragraphs": paragraphs}]}
+
+
+SQUAD = squad(["Cats purr."])
 NO_DATE = {"day": "", "month": "", "year": ""}
 DROP = {
     "nfl_1": {
@@ -137,24 +134,24 @@ def test_templates(task, tmp_path):
     assert sg.training_row(examples[0], False).get("source") == ("nfl" if task == "DROP" else None)
 
 
-def test_other_layouts(tmp_path):
-    """Flattened SQuAD, pretty-printed DROP, and ReCoRD with X for the placeholder."""
-    flat = {"title": "Cats", "context": "Cats purr.", "question": "Who purrs?", "answers": ["Cats", "All cats"]}
-    nested = sg.read_task("SQuAD", str(write(tmp_path / "a", SQUAD)))[0]
-    for example in sg.read_task("SQuAD", str(write(tmp_path / "b", [flat, flat]))):
-        assert (example.prompt, example.gold) == (nested.prompt, nested.gold)
-    pretty = sg.read_task("DROP", str(write(tmp_path / "c", json.dumps(DROP, indent=4))))
-    assert [e.gold for e in pretty] == [[["10"]], [["Al", "Bo"]], [["3 May 1990"], ["May 1990"]]]
-    x = {"passage": "Ann met Bob.", "query": "X left Max.", "entities": ["Ann", "Bob"], "answers": ["Bob"]}
-    example = sg.read_task("ReCoRD", str(write(tmp_path / "d", x)))[0]
-    assert example.options == {"Ann": " Ann left Max.", "Bob": " Bob left Max."} and example.gold == ["Bob"]
+def test_drop_files_of_many_lines(tmp_path):
+    examples = sg.read_task("DROP", str(write(tmp_path / "f", json.dumps(DROP, indent=4))))
+    assert [e.gold for e in examples] == [[["10"]], [["Al", "Bo"]], [["3 May 1990"], ["May 1990"]]]
+
+
+def test_limit_draws_passages_of_each_file(tmp_path):
+    tasks = [f"MultiRC={write(tmp_path / 'm', [MULTIRC] * 5)}", f"SQuAD={write(tmp_path / 's', squad('abcdef'))}"]
+    drawn = [sg.read_tasks(argparse.Namespace(tasks=tasks, limit=2, seed=seed)) for seed in (0, 0, 1)]
+    ids = [[e.id for e in examples] for examples in drawn]
+    assert ids[0] == ids[1] != ids[2] and [len(x) for x in ids] == [2 * 4 + 2] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
-def example(task, id="0", gold=("x",)):
-    return sg.Example(task, id, "", "0", "", {}, list(gold), None)
+def example(task, id="0", gold=("x",), prompt_ids=(), option_ids=()):
+    options = dict(enumerate(option_ids))
+    return sg.Example(f"{task} {id}", task, "", options, list(gold), None, list(prompt_ids), list(option_ids))
 
 
 def test_multirc_metrics():
@@ -167,23 +164,30 @@ def test_multirc_metrics():
     }
     pairs = [(example("MultiRC", id, [gold]), p) for id, (gold, p) in gold_and_prediction.items()]
     found = sg.metrics_of("MultiRC", pairs)
-    assert found["accuracy"]["value"] == pytest.approx(3 / 5)
-    assert found["em"]["value"] == pytest.approx(1 / 3) and found["em"]["count"] == 3
-    assert found["f1a"]["value"] == pytest.approx(2 / 3)  # 2 hits, 3 predicted, 3 right
-    assert found["f1a"]["low"] <= found["f1a"]["value"] <= found["f1a"]["high"]
+    assert found["accuracy"]["score"] == pytest.approx(60)
+    assert found["em"]["score"] == pytest.approx(100 / 3) and found["em"]["count"] == 3
+    assert found["f1a"]["score"] == pytest.approx(200 / 3)  # 2 hits, 3 predicted, 3 right
+    low, high = found["f1a"]["interval"]
+    assert 0 <= low < 200 / 3 < high <= 100
 
 
 def test_cb_macro_f1():
     gold = ["entailment", "entailment", "contradiction", "neutral"]
     said = ["entailment", "contradiction", "contradiction", "contradiction"]
     pairs = [(example("CB", str(i), [g]), p) for i, (g, p) in enumerate(zip(gold, said, strict=True))]
-    assert sg.metrics_of("CB", pairs)["macro_f1"]["value"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+    assert sg.metrics_of("CB", pairs)["macro_f1"]["score"] == pytest.approx(100 * (2 / 3 + 2 / 4 + 0) / 3)
 
 
-def test_wilson():
-    found = sg.wilson(8, 10)
-    assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert sg.wilson(0, 5)["low"] == 0 and sg.wilson(5, 5)["high"] == 1
+def test_intervals():
+    assert sg.share([1] * 8 + [0] * 2) == {
+        "score": 80,
+        "interval": pytest.approx([49.02, 94.33], abs=0.01),
+        "count": 10,
+    }
+    assert sg.share([0] * 5)["interval"][0] == 0 and sg.share([1] * 5)["interval"][1] == 100
+    found = sg.bootstrap([0.0, 1.0] * 200, torch.mean)  # that of a share of 400: 1.96 * 0.5 / 20
+    assert found["score"] == 50 and found["interval"] == pytest.approx([45.1, 54.9], abs=0.6)
+    assert found == sg.bootstrap([0.0, 1.0] * 200, torch.mean)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_align_is_optimal():
 def test_gold_scores_full_marks(task, tmp_path):
     examples = sg.read_task(task, str(write(tmp_path / "f", ROWS[task][0])))
     said = [sg.training_row(e, False)["completion"].strip() if not e.options else e.gold[0] for e in examples]
-    assert all(m["value"] == 1 for m in sg.metrics_of(task, list(zip(examples, said, strict=True))).values())
+    assert all(m["score"] == 100 for m in sg.metrics_of(task, list(zip(examples, said, strict=True))).values())
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
@@ -247,32 +251,32 @@ class Tokenizer:
 
 
 def arguments(**given):
-    defaults = dict(option_score="sum", max_length=60, max_new_tokens=4, max_tokens_per_batch=120)
+    defaults = dict(option_score="sum", max_length=60, max_new_tokens=4, max_tokens_per_batch=60)
     return argparse.Namespace(**defaults | given)
 
 
-def random_items() -> list[sg.Item]:
+def random_examples() -> list[sg.Example]:
     """Four passages of three questions: options of one token on two of them, of one to six on the others."""
     draw = random.Random(0)
 
     def ids(n):
         return [draw.randrange(3, 97) for _ in range(n)]
 
-    items = []
+    examples = []
     for passage in range(4):
         head = ids(3 + 4 * passage)
         for question in range(3):
             options = [ids(1) for _ in range(2)] if passage % 2 else [ids(draw.randint(1, 6)) for _ in range(3)]
-            asked = sg.Example("T", f"{passage}.{question}", "", str(passage), "", dict(enumerate(options)), [0], None)
-            items.append(sg.Item(asked, head + ids(draw.randint(1, 5)), options, False))
-    return items
+            prompt = head + ids(draw.randint(1, 5))
+            examples.append(example("T", f"{passage}.{question}", prompt_ids=prompt, option_ids=options))
+    return examples
 
 
-def one_forward_per_candidate(model, item: sg.Item) -> list[float]:
+def one_forward_per_candidate(model, e: sg.Example) -> list[float]:
     scores = []
-    for option in item.options:
-        logp = model(input_ids=torch.tensor([item.prompt + option])).logits[0].log_softmax(-1)
-        first = len(item.prompt) - 1
+    for option in e.option_ids:
+        logp = model(input_ids=torch.tensor([e.prompt_ids + option])).logits[0].log_softmax(-1)
+        first = len(e.prompt_ids) - 1
         scores.append(sum(logp[first + i, token].item() for i, token in enumerate(option)))
     return scores
 
@@ -280,50 +284,69 @@ def one_forward_per_candidate(model, item: sg.Item) -> list[float]:
 @pytest.mark.parametrize("option_score", ["sum", "mean"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "phi", "phi3", "gpt2", "gpt_neox"])
 def test_batched_scores_are_those_of_one_forward_per_candidate(kind, option_score):
-    model, items, args = tiny_model(kind, lora=kind == "llama"), random_items(), arguments(option_score=option_score)
-    scorer, batches = sg.Scorer(model, Tokenizer(), args), sg.batches_of(items, args)
-    assert all(kind == "shared" for kind, _ in batches) and len(batches) > 1
-    found = {item.example.id: record for batch in batches for item, record in scorer.run(*batch)}
-    assert len(found) == len(items)
-    for item in items:
-        wanted = one_forward_per_candidate(model, item)
+    model, examples, args = tiny_model(kind, lora=False), random_examples(), arguments(option_score=option_score)
+    batches = sg.batches_of(examples, args)
+    assert len(batches) > 1 and all(len(group) == 3 for batch in batches for group in batch)
+    found = {record["id"]: record for batch in batches for record in sg.score_options(model, batch, args)}
+    assert len(found) == len(examples)
+    for e in examples:
+        wanted = one_forward_per_candidate(model, e)
         if option_score == "mean":
-            wanted = [score / len(option) for score, option in zip(wanted, item.options, strict=True)]
-        assert found[item.example.id]["scores"] == pytest.approx(wanted, abs=1e-4)
-        assert found[item.example.id]["prediction"] == wanted.index(max(wanted))
+            wanted = [score / len(option) for score, option in zip(wanted, e.option_ids, strict=True)]
+        assert found[e.id]["scores"] == pytest.approx(wanted, abs=1e-4)
+        assert found[e.id]["prediction"] == wanted.index(max(wanted))
 
 
 def test_prompt_is_encoded_once():
     """Tokens through the model: every passage once, then each question's rest."""
-    model, items, args = tiny_model("llama", lora=False), random_items(), arguments(max_tokens_per_batch=10**6)
+    model, examples, args = tiny_model("llama", lora=False), random_examples(), arguments(max_tokens_per_batch=10**6)
     seen = []
-    scorer = sg.Scorer(model, Tokenizer(), args)
     model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    list(scorer.run(*sg.batches_of(items[:3], args)[0]))
-    assert [rows for rows, _ in seen] == [1, 9] and seen[0][1] >= 3
-    single = sg.Item(items[3].example, items[3].prompt, items[3].options, True)
+    sg.score_options(model, [examples[:3]], args)
+    rows = {(e.id, *option[:-1]) for e in examples[:3] for option in e.option_ids}
+    assert [n for n, _ in seen] == [1, len(rows)] and len(rows) < 9 and seen[0][1] >= 3
+    (single := examples[3]).shortened = True
     seen.clear()
-    list(scorer.run(*sg.batches_of([single], args)[0]))
-    assert seen == [(1, len(single.prompt))]  # options of one token cost nothing more
+    sg.score_options(model, [[single]], args)
+    assert seen == [(1, len(single.prompt_ids) - 1), (1, 1)]  # options of one token are read from one position
+    sizes = [len(group) for batch in sg.batches_of(examples, args) for group in batch]
+    assert sorted(sizes) == [1, 2, 3, 3, 3]  # a prompt that was cut is alone
+
+
+def test_batches_keep_to_the_budget():
+    args = arguments(max_tokens_per_batch=60, max_new_tokens=5)
+    examples = [example("T", str(i), prompt_ids=[3] * i, option_ids=[[4], [4] * 3]) for i in range(2, 30)]
+    examples += [example("G", str(i), prompt_ids=[3] * i) for i in range(2, 80, 9)]
+    batches = sg.batches_of(examples, args)
+    assert sorted(e.id for batch in batches for (e,) in batch) == sorted(e.id for e in examples)
+    for batch in batches:
+        widths = [len(e.prompt_ids) + (3 if e.options else 5) for (e,) in batch]
+        assert len({e.task for (e,) in batch}) == 1
+        assert len(batch) == 1 or len(batch) * max(widths) <= 60
 
 
 def test_generation_in_a_batch_is_generation_alone():
-    model, args = tiny_model("llama", lora=False), arguments()
-    scorer = sg.Scorer(model, Tokenizer(), args)
-    items = [sg.Item(item.example, item.prompt, [], False) for item in random_items()]
-    alone = [scorer.generate([item])[0] for item in items]
-    assert scorer.generate(items) == alone and len(set(alone)) > 1
+    model, tokenizer = tiny_model("llama", lora=False), Tokenizer()
+    model.generation_config = sg.greedy(tokenizer, arguments())
+    examples = [example("G", e.id, prompt_ids=e.prompt_ids) for e in random_examples()]
+    alone = [sg.generate(model, tokenizer, [[e]])[0]["prediction"] for e in examples]
+    together = sg.generate(model, tokenizer, [[e] for e in examples])
+    assert [x["prediction"] for x in together] == alone and len(set(alone)) > 1
 
 
 def test_left_truncation_keeps_bos_and_options():
-    options = {0: "yes", 1: "maybe"}
-    asked = sg.Example("CB", "0", "file line 1", "0", "abcdefghij", options, [0], None)
+    def encoded(max_length):
+        asked = sg.Example("CB 0", "CB", "abcdefghij", {0: "yes", 1: "maybe"}, [0], None)
+        sg.encode([asked], Tokenizer(), arguments(max_length=max_length))
+        return asked
+
     tokens = Tokenizer()(["abcdefghij"], True, False)["input_ids"][0]
-    (item,) = sg.encode([asked], Tokenizer(), arguments(max_length=12))
-    assert item.prompt == [1, *tokens[-6:]] and item.shortened  # 12 - 5 of the longest option, BOS among them
-    assert not sg.encode([asked], Tokenizer(), arguments(max_length=16))[0].shortened
-    with pytest.raises(sg.UserError, match="--max_length 6 leaves no prompt to an option of 5 tokens .file line 1."):
-        sg.encode([asked], Tokenizer(), arguments(max_length=6))
+    cut = encoded(12)
+    assert cut.prompt_ids == [1, *tokens[-6:]] and cut.shortened  # 12 - 5 of the longest option, BOS among them
+    assert [len(option) for option in cut.option_ids] == [3, 5]
+    assert encoded(16).prompt_ids == tokens and not encoded(16).shortened
+    with pytest.raises(sg.UserError, match="--max_length 6 leaves CB 0 no prompt before 5 tokens"):
+        encoded(6)
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -345,25 +368,20 @@ def world(tmp_path_factory):
         return " ".join(draw.choices(words, k=draw.randint(3, 9)))
 
     copa = [dict(premise=text(), choice1=text(), choice2=text(), question="cause", label=i % 2) for i in range(60)]
-    cb = [dict(premise=text(), hypothesis=text(), label=draw.choice([*sg.LABELS["CB"]])) for _ in range(20)]
-    squad = [dict(title="T", context=text(), question=text(), answers=[text()]) for _ in range(20)]
-    for name, rows in {"COPA": copa, "CB": cb, "SQuAD": squad, "MultiRC": [MULTIRC] * 3}.items():
+    cb = [dict(premise=text(), hypothesis=text(), label=draw.choice([*sg.TASKS["CB"][1]])) for _ in range(20)]
+    for name, rows in {
+        "COPA": copa,
+        "CB": cb,
+        "SQuAD": squad([text() for _ in range(20)]),
+        "MultiRC": [MULTIRC] * 3,
+    }.items():
         write(folder / name, rows)
     return folder
 
 
 def command(world, output, *more, launch=("-m", "eval_superglue")):
     tasks = [f"{name}={world / name}" for name in ("COPA", "CB", "SQuAD", "MultiRC")]
-    flags = [
-        "--model",
-        world / "model",
-        "--output_dir",
-        output,
-        "--max_new_tokens",
-        "5",
-        "--max_tokens_per_batch",
-        "200",
-    ]
+    flags = ["--model", world / "model", "--output_dir", output, "--max_new_tokens", 5, "--max_tokens_per_batch", 200]
     return [sys.executable, *launch, "score", *tasks, *map(str, flags), *map(str, more)]
 
 
@@ -385,7 +403,7 @@ def test_results(finished):
     }
     assert saved["settings"]["--max_new_tokens"] == 5 and {"torch", "transformers"} <= set(saved["versions"])
     x = saved["results"]["COPA"]["accuracy"]
-    assert x["low"] < x["value"] < x["high"] and x["count"] == 60
+    assert x["interval"][0] < x["score"] < x["interval"][1] and x["count"] == 60
     assert len((finished / "predictions.jsonl").read_text().splitlines()) == 112
 
 
@@ -415,26 +433,19 @@ def test_prepared_rows_train_and_the_adapter_is_scored(world):
     rows, output = world / "rows.jsonl", world / "trained"
     sg.cli(["prepare", f"CB={world / 'CB'}", f"COPA={world / 'COPA'}", "--output", str(rows), "--limit", "16"])
     assert len(rows.read_text().splitlines()) == 32
-    flags = [
-        "--max_steps",
-        "2",
-        "--pool_size",
-        "8",
-        "--coreset_size",
-        "4",
-        "--keep_sources",
-        "COPA",
-        "--eval_every",
-        "0",
-    ]
-    train = [sys.executable, "train_colm.py", "--train_file", str(rows), "--output_dir", str(output), *flags]
+    flags = {"--train_file": rows, "--output_dir": output, "--max_steps": 2, "--pool_size": 8, "--coreset_size": 4}
+    flags |= {"--keep_sources": "COPA", "--eval_every": 0}
+    train = [sys.executable, "train_colm.py", *(str(x) for flag in flags.items() for x in flag)]
     done = subprocess.run(train, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     score = ["score", f"CB={world / 'CB'}", "--model", str(output / "final"), "--output_dir", str(world / "scored")]
     sg.cli(score)
-    weights = json.loads((world / "scored" / "results.json").read_text())["settings"]["weights"]
     sg.cli([*score[:-1], str(world / "base"), "--base_model", str(output / "base")])
-    assert json.loads((world / "base" / "results.json").read_text())["settings"]["weights"] == weights
+    demo_tokenizer().save_pretrained(output / "base")
+    sg.cli([*score[:2], "--model", str(output / "base"), "--output_dir", str(world / "untrained")])
+    names = ("scored", "base", "untrained")
+    adapter, moved, untrained = ((world / name / "predictions.jsonl").read_text() for name in names)
+    assert adapter == moved != untrained and adapter.count("\n") == untrained.count("\n") == 20
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -453,19 +464,29 @@ def refused(capsys, *argv) -> str:
     [
         ("CB", None, "does not exist"),
         ("CB", ['{"premise": "a"', "{}"], "line 1: broken JSON"),
-        ("CB", ["[1]"], "is a int"),
-        ("CB", {"premise": "a", "hypothesis": "b"}, "line 1 has no field 'label': test files have none"),
-        ("CB", {"premise": "a", "hypothesis": "b", "label": "yes"}, "'yes' is not one of 'entailment'"),
+        ("CB", ["[1]"], "row 1 can't be read as CB"),
+        ("CB", {"premise": "a", "hypothesis": "b"}, "line 1 has no field 'label': give a labelled file"),
+        ("CB", {"premise": "a", "hypothesis": "b", "label": "yes"}, "['yes'] is not one of 'entailment'"),
         ("RTE", {"premise": "a", "label": "entailment"}, "line 1 has no field 'hypothesis'"),
-        ("RTE", {"premise": 3, "hypothesis": "b", "label": "entailment"}, "field 'premise' is a int"),
-        ("SST-2", "index\tsentence\n0\tgood", "line 2 has no field 'label': test files"),
-        ("SST-2", "sentence\tlabel\ngood 1", "line 2 has 1 columns"),
-        ("SQuAD", '{"data": [\n}', "line 2: broken JSON"),
-        ("SQuAD", {"title": "t", "context": "c", "question": "q", "answers": []}, "SQuAD 2.0"),
-        ("DROP", {"p": {"passage": "x", "qa_pairs": [{"question": "q"}]}}, "has no field 'answer': test files"),
+        (
+            "RTE",
+            {"premise": 3, "hypothesis": "b", "label": "entailment"},
+            "line 1 can't be read as RTE (field 'premise' is a int",
+        ),
+        ("SST-2", "index\tsentence\n0\tgood", "line 2 has no field 'label'"),
+        ("SST-2", "sentence\tlabel\ngood 1", "line 2: [None] is not one of '1', '0'"),
+        ("SQuAD", '{"data": [\n}', "line 2 column 1"),
+        ("SQuAD", None, "No such file"),
+        ("SQuAD", "[1]", "can't be read as SQuAD"),
+        (
+            "SQuAD",
+            json.dumps(SQUAD).replace('{"text": "Cats"}, {"text": "All cats"}', ""),
+            "article 0: [] is not an answer",
+        ),
+        ("DROP", {"p": {"passage": "x", "qa_pairs": [{"question": "q"}]}}, "passage p has no field 'answer'"),
         ("MultiRC", {"passage": {"text": "x"}}, "has no field 'questions'"),
-        ("WSC", {"text": "x", "target": {"span1_text": "x"}, "label": True}, "'target.span2_text'"),
-        ("BoolQA", {}, "is no task: write TASK=FILE with a task of SST-2, CB"),
+        ("WSC", {"text": "x", "target": {"span1_text": "x"}, "label": True}, "'span2_text'"),
+        ("BoolQA", {}, "write TASK=FILE, each task once, with a task of SST-2, CB"),
     ],
 )
 def test_bad_files(task, content, wanted, tmp_path, capsys):
@@ -479,16 +500,17 @@ def test_bad_settings(world, finished, tmp_path, capsys):
     assert "--max_length 9999 exceeds the model's 2048" in refused(
         capsys, *score, world / "model", "--max_length", "9999"
     )
-    assert "an option of" in refused(capsys, *score, world / "model", "--max_length", "3")
+    assert "leaves CB 0 no prompt" in refused(capsys, *score, world / "model", "--max_length", "3")
     assert "--limit: 0 is out of range" in refused(capsys, *score, world / "model", "--limit", "0")
     assert "give a causal LM" in refused(capsys, *score, tmp_path / "nothing")
-    assert "written twice" in refused(capsys, "score", f"CB={world / 'CB'}", *score[1:], world / "model")
+    assert "each task once" in refused(capsys, "score", f"CB={world / 'CB'}", *score[1:], world / "model")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tmp_path / "gone"), "peft_type": "LORA"})
     )
-    assert f"its base model is {tmp_path / 'gone'}" in refused(capsys, *score, adapter)
+    message = refused(capsys, *score, adapter)
+    assert str(tmp_path / "gone") in message and "--base_model" in message
     again = [str(x) for x in command(world, finished)[3:]]
     assert "--option_score is sum, but" in refused(capsys, *again, "--option_score", "sum")
     assert (finished / "results.json").exists()

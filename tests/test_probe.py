@@ -434,6 +434,11 @@ def test_a_named_module_is_probed_whole(name):
     assert error(probed.spsa(examples(), z, 3e-2), truth.differences(examples(), z, 3e-2)) < 1e-4
 
 
+def test_a_projection_of_another_layer_is_refused():
+    with pytest.raises(ValueError, match="not in the last decoder layer.*such as .*v_proj"):
+        VProjectionProbe(tiny_model("llama"), module_name="layers.0.self_attn.v_proj")
+
+
 def test_a_named_fused_module_is_still_probed_at_its_values():
     probe = VProjectionProbe(tiny_model("phi3"), module_name="qkv_proj")
     assert probe.rows.tolist() == v_rows("phi3")

@@ -216,7 +216,7 @@ def refused(capsys):
 # ---------------------------------------------------------------------------------------------- one run and its records
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "clusters"])
 def test_records_tell_pool_kept_and_selected_rows_of_the_file(one_process, inputs, name):
     folder, rows = one_process / name, [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
     for metrics, record in zip(steps(folder), steps(folder, "selection"), strict=True):
@@ -490,6 +490,49 @@ def test_a_run_with_other_settings_is_not_resumed(whole, flags, inputs, refused,
 
 def test_a_run_of_another_model_is_not_resumed(whole, flags, inputs, refused):
     refused(flags(whole, DROPOUT, f"--model {inputs}/other_model --resume auto"), "--model")
+
+
+def test_resuming_never_deletes_another_run_or_its_own_checkpoint(whole, flags, refused, tmp_path):
+    assert train(flags(tmp_path / "other", DROPOUT, "--max_steps 3 --seed 5")) == 0
+    before = sorted(path.name for path in (tmp_path / "other").iterdir())
+    checkpoint = f"--resume {whole}/checkpoint-000004"
+    refused(flags(tmp_path / "other", DROPOUT, checkpoint), "would delete what", "choose another folder")
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
+    refused(flags(whole, DROPOUT, "--resume auto --overwrite"), "exclude each other")
+
+
+def test_speed_and_memory_flags_may_change_on_resume(flags, tmp_path):
+    still = DROPOUT + " --lora_dropout 0 --max_steps 5"  # other micro-batches draw other dropout masks
+    assert train(flags(tmp_path / "plain", still)) == 0
+    assert train(flags(tmp_path / "run", still), stop_after=2) == 0
+    change = "--max_tokens_per_micro_batch 300 --gradient_checkpointing --resume auto"
+    assert train(flags(tmp_path / "run", still, change)) == 0
+    assert_close(tmp_path / "run", tmp_path / "plain")
+
+
+def test_accelerates_accumulation_steps_do_not_scale_the_gradient(one_process, flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train(flags(tmp_path, "--lora_dropout 0", RUNS["spsa"])) == 0
+    assert_identical(tmp_path, one_process / "spsa")
+
+
+def test_a_state_without_updates_is_resumed_exactly(flags, tmp_path, monkeypatch):
+    nan = train_colm.train_on
+    monkeypatch.setattr(train_colm, "train_on", lambda *args: nan(*args) * float("nan"))
+    with pytest.raises(train_colm.UserError, match="checkpoint-000000"):
+        train(flags(tmp_path / "run", DROPOUT))
+    monkeypatch.undo()
+    assert train(flags(tmp_path / "run", DROPOUT, "--resume auto")) == 0
+    assert train(flags(tmp_path / "plain", DROPOUT)) == 0
+    assert_identical(tmp_path / "run", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["settings.json", "state.pt"])
+def test_a_broken_checkpoint_is_named(whole, flags, refused, tmp_path, name):
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run").glob(f"checkpoint-*/{name}"):
+        path.write_bytes(path.read_bytes()[:100])
+    refused(flags(tmp_path / "run", DROPOUT, "--resume auto"), name, "can't be read")
 
 
 def test_a_moved_model_and_data_may_be_resumed(flags, inputs, tmp_path):
