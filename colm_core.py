@@ -430,7 +430,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
 
     An attention function for transformers' AttentionInterface. A GPU runs a variable-length kernel: flash attention in
-    half precision, the memory-efficient one in float32; the CPU pads for the one call.
+    half precision, the memory-efficient one in float32; anything else pads for the one call.
     """
     offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
@@ -449,7 +449,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         raise RuntimeError(f"a sliding window of {window + 1} tokens needs half precision on a GPU: use --no-packing")
     groups = q.shape[1] // k.shape[1]
     k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
-    if v.is_cuda:
+    if v.is_cuda and v.dtype == torch.float32:
         out = torch.ops.aten._efficient_attention_forward(
             *(q[None].to(v.dtype), k[None].to(v.dtype), v[None], None, offsets, offsets, longest, longest),
             *(dropout, 1, torch.is_grad_enabled()),  # 1: causal

@@ -122,12 +122,7 @@ def build_parser() -> Parser:
     add("--cluster_warmup", type=int, default=20, help="steps on random coresets before the first clustering")
     add("--cluster_updates", type=int, default=4, help="clusterings after the first, evenly over the rest of the run")
     add("--probe", choices=["spsa", "grad"], default="spsa", help="zeroth-order (the paper) or exact gradients")
-    add(
-        "--num_directions",
-        type=int,
-        default=1,
-        help="SPSA directions averaged at each step; each takes two more passes of the last layer and head",
-    )
+    add("--num_directions", type=int, default=1, help="SPSA directions; each runs the last layer and head twice")
     add("--direction", choices=["step", "run"], default="step", help="redraw the directions each step, or once")
     add("--spsa_eps", type=float, default=1e-3)
     add("--spsa_wide_tail", action=flag, default=True, help="run SPSA's perturbed tail in the next wider precision")
@@ -1311,6 +1306,9 @@ def main(argv: list[str]) -> None:
         accelerator.init_trackers("colm", config=plain)
     small = ", ".join(train.names[q] for q in sorted(keep)) or "none"
     accelerator.print(f"{len(train)} rows of {len(train.names)} sources; kept whole: {small}")
+    share = sum(torch.bincount(train.sources)[sorted(keep)].tolist()) / len(train)
+    if args.selection in ("colm", "random_keep") and share * args.pool_size > args.coreset_size:
+        accelerator.print(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
     train_loop(run, start)
     final = save_final(run)
     accelerator.print(summary(run, final) if accelerator.is_main_process else "")
@@ -1321,8 +1319,9 @@ def cli(argv: list[str]) -> None:
     """Run, and turn what the user can mend into one line and exit code 2."""
     try:
         main(argv)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+    except (UserError, OSError, RuntimeError) as error:
+        full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not (isinstance(error, UserError) or full_disk or "--no-packing" in str(error)):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a host: another host may have other files
             print(f"error: {error}", file=sys.stderr)

@@ -203,8 +203,11 @@ class InProcess:
     returncode = 0
 
     def __init__(self, command, stdout, stderr, env):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # sums depend on it in the last bit
         with contextlib.redirect_stderr(stderr), contextlib.suppress(SystemExit):
             convergence.main(command[2:])
+        torch.set_num_threads(threads)
 
     def poll(self):
         return self.returncode

@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
@@ -492,6 +492,13 @@ def test_a_run_of_another_model_is_not_resumed(whole, flags, inputs, refused):
     refused(flags(whole, DROPOUT, f"--model {inputs}/other_model --resume auto"), "--model")
 
 
+def test_attention_that_would_mix_packed_examples_is_refused(flags, refused, tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_stablelm())
+    model.save_pretrained(tmp_path / "model")
+    train_colm.demo_tokenizer().save_pretrained(tmp_path / "model")
+    refused(flags(tmp_path / "run", f"--model {tmp_path}/model --packing"), "packed examples", "--no-packing")
+
+
 def test_resuming_never_deletes_another_run_or_its_own_checkpoint(whole, flags, refused, tmp_path):
     assert train(flags(tmp_path / "other", DROPOUT, "--max_steps 3 --seed 5")) == 0
     before = sorted(path.name for path in (tmp_path / "other").iterdir())
@@ -499,6 +506,11 @@ def test_resuming_never_deletes_another_run_or_its_own_checkpoint(whole, flags, 
     refused(flags(tmp_path / "other", DROPOUT, checkpoint), "would delete what", "choose another folder")
     assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
     refused(flags(whole, DROPOUT, "--resume auto --overwrite"), "exclude each other")
+
+
+def tiny_stablelm():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoConfig.for_model("stablelm", vocab_size=600, num_key_value_heads=4, **sizes)
 
 
 def test_speed_and_memory_flags_may_change_on_resume(flags, tmp_path):
