@@ -379,52 +379,51 @@ class TokenizedRows:
         return f"{len(self)} rows {digest.hexdigest()[:16]}"
 
 
+def start_tokens(tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts before every text, such as BOS."""
+    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return whole[: whole.index(plain[0])]
+
+
 def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
     """Tokenise prompts and completions apart, add EOS, shorten long prompts from the left, drop what can't be kept.
 
     Prompts carry no loss; the end of an answer is never cut.   # DIFFERS 12
     """
-    unnamed = next((i for i, r in enumerate(rows) if isinstance(r, dict) and r.get(args.source_field) is None), None)
-    has_sources = any(isinstance(row, dict) and row.get(args.source_field) is not None for row in rows)
-    if has_sources and unnamed is not None:
-        raise UserError(f"{places[unnamed]} has no field {args.source_field!r}, other rows do: name its source")
-    names, of_name, eos = list(names), {}, tokenizer.eos_token_id
+    named = [isinstance(row, dict) and row.get(args.source_field) is not None for row in rows]
+    has_sources = any(named)
+    start, source_of = start_tokens(tokenizer), {name: q for q, name in enumerate(names)}
     ids, offsets, prompts, sources, numbers, shortened, dropped = [], [0], [], [], [], 0, 0
-    for start in tqdm(range(0, len(rows), 1000), "tokenising", unit="k rows", disable=not show, leave=False):
-        part = range(start, min(start + 1000, len(rows)))
+    for first in tqdm(range(0, len(rows), 1000), "tokenising", unit="k rows", disable=not show, leave=False):
+        part = range(first, min(first + 1000, len(rows)))
         texts = [prompt_and_completion(rows[i], places[i], tokenizer) for i in part]
         for i, text in zip(part, texts, strict=True):
+            if has_sources and not named[i]:
+                raise UserError(f"{places[i]} has no field {args.source_field!r}, other rows do: name its source")
             if LONE_SURROGATE.search("".join(text)):
                 raise UserError(f"{places[i]} has half a surrogate pair (\\ud800 to \\udfff): mend the row")
-        chat = [isinstance(rows[i], dict) and "messages" in rows[i] for i in part]  # the template has added BOS
-        heads = tokenizer([t[0] for t in texts], add_special_tokens=True, verbose=False)["input_ids"]
-        bare = tokenizer([t[0] for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
-        tails = tokenizer([t[1] for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
-        for i, is_chat, head, plain, tail in zip(part, chat, heads, bare, tails, strict=True):
-            head, tail = plain if is_chat else head, tail + [eos]
-            if head[-1:] == [eos] != plain[-1:]:  # a tokenizer that ends every text by itself
-                head = head[:-1]
-            bos = int(bool(head) and head[0] == tokenizer.bos_token_id)
-            room = args.max_length - len(tail)
-            if room < 1 or room <= bos < len(head) or not (head or len(tail) > 1):
+        heads, tails = (
+            tokenizer([text[k] for text in texts], add_special_tokens=False, verbose=False)["input_ids"] for k in (0, 1)
+        )
+        for i, prompt, completion in zip(part, heads, tails, strict=True):
+            begin, completion = start, [*completion, tokenizer.eos_token_id]
+            if "messages" in rows[i]:  # the template has added BOS
+                begin = [token for token in prompt[:1] if token == tokenizer.bos_token_id]
+                prompt = prompt[len(begin) :]
+            room = args.max_length - len(begin) - len(completion)
+            if room < bool(prompt) or not (begin or prompt or len(completion) > 1):
                 dropped += 1
                 continue
-            if len(head) > room:
-                head, shortened = head[:bos] + head[len(head) - (room - bos) :], shortened + 1
-            name = str(rows[i][args.source_field]) if has_sources else "all"
-            if name not in of_name and name not in names:
-                names.append(name)
-            of_name.setdefault(name, names.index(name))
-            ids.append(torch.tensor(head + tail, dtype=torch.int32))
+            shortened += len(prompt) > room
+            ids.append(torch.tensor([*begin, *prompt[max(0, len(prompt) - room) :], *completion], dtype=torch.int32))
             offsets.append(offsets[-1] + len(ids[-1]))
-            prompts.append(len(head))
-            sources.append(of_name[name])
+            prompts.append(len(ids[-1]) - len(completion))
+            sources.append(source_of.setdefault(str(rows[i][args.source_field]) if named[i] else "all", len(source_of)))
             numbers.append(i)
     if not ids:
         raise UserError(f"{places[0].rsplit(' ', 2)[0]}: no row has a completion within --max_length: raise it")
-    return TokenizedRows(
-        torch.cat(ids), offsets, prompts, torch.tensor(sources), torch.tensor(numbers), names, shortened, dropped
-    )
+    sources, numbers = torch.tensor(sources), torch.tensor(numbers)
+    return TokenizedRows(torch.cat(ids), offsets, prompts, sources, numbers, list(source_of), shortened, dropped)
 
 
 # ------------------------------------------------------------------------------------------------- model and adapters
