@@ -632,7 +632,7 @@ class Run:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    # every collective of this file stands in the next four methods
+    # the collectives: only main's wait for all ranks stands elsewhere
 
     @property
     def ranks(self) -> int:
