@@ -1311,6 +1311,7 @@ def main(argv: list[str]) -> None:
     train_loop(run, start)
     final = save_final(run)
     accelerator.print(summary(run, final) if accelerator.is_main_process else "")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -1329,3 +1330,7 @@ def cli(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     cli(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a gloo thread that wants the closing interpreter would abort it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
