@@ -792,7 +792,7 @@ def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
 
 
 def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
-    """Clip, step the optimizer and the probe's history; returns the gradient norm, None if nothing is finite enough."""
+    """Clip, step the optimizer and the probe's history; returns the norm, None where it or the loss is not finite."""
     norm = run.clip()
     finite = torch.stack([loss, norm]).isfinite().all()
     if not finite:  # the one wait for the device in a training step
