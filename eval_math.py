@@ -152,7 +152,7 @@ class Batch:
         self.cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
         self.options = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, queue: deque[Request]) -> list[Request]:
         """Decode one token of each request, and let waiting ones in; returns the requests that are done now."""
         done = []
@@ -193,6 +193,7 @@ class Batch:
             for old, new in zip(self.cache.layers, cache.layers, strict=True):
                 new.keys = torch.cat([pad(x.keys, (0, 0, width - x.keys.shape[2], 0)) for x in (old, new)])
                 new.values = torch.cat([pad(x.values, (0, 0, width - x.values.shape[2], 0)) for x in (old, new)])
+                old.keys = old.values = None  # or two caches would lie in memory
         self.requests, self.cache = self.requests + taken, cache
         return done
 
@@ -569,6 +570,7 @@ def load(args: argparse.Namespace, device: torch.device):
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: lower it")
     own = not adapter or config.with_name("tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(argparse.Namespace(model=args.model if own else base, **remote))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and every token makes a new one
     return model.to(device, dtype).eval(), tokenizer, room
 
 
@@ -686,6 +688,11 @@ def main(argv: list[str]) -> None:
     state.end_training()
 
 
+def out_of_memory(args: argparse.Namespace) -> str:
+    what = f"error: --model {args.model} with --max_tokens_per_batch {args.max_tokens_per_batch}"
+    return f"{what} takes more memory than the GPU has free: lower the latter, and the run goes on"
+
+
 def cli(argv: list[str]) -> None:
     """Run, and turn what the user can mend into one line and exit code 2."""
     try:
@@ -693,6 +700,9 @@ def cli(argv: list[str]) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:  # of this process, whichever it is
+        print(out_of_memory(parse_args(argv)), file=sys.stderr)
         sys.exit(2)
 
 

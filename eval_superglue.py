@@ -45,7 +45,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 
-from eval_math import load, wilson
+from eval_math import load, out_of_memory, wilson
 from train_colm import Parser, UserError, read_rows
 
 # ------------------------------------------------------------------------------------------------ tasks and templates
@@ -272,7 +272,7 @@ def batches_of(examples: list[Example], args) -> list[list[list[Example]]]:
     return batches
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_options(model, groups: list[list[Example]], args) -> list[dict]:
     """Predictions for groups of questions: the beginning of a group runs once, every row goes on from its cache."""
     prefixes, rows = rows_of(groups)
@@ -588,6 +588,9 @@ def cli(argv: list[str]) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:  # of this process, whichever it is
+        print(out_of_memory(args), file=sys.stderr)
         sys.exit(2)
 
 

@@ -61,6 +61,7 @@ from colm_core import (
     AdamMoments,
     LabelledLogits,
     PoolGradients,
+    TokenCrossEntropy,
     VProjectionProbe,
     collate,
     example_losses,
@@ -745,7 +746,7 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
     args, probe, device = run.args, run.probe, run.device
     run.mode(training=False)
     gradients, mine, derivatives = PoolGradients(probe.dims), [], None
-    budget = 2 * args.max_tokens_per_micro_batch  # no graph is kept below the last layer
+    budget = args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)  # no graph below the last layer
     if args.probe == "spsa":
         gradients.z = directions(args, probe, step, device)
         gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
@@ -795,10 +796,11 @@ def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
     """Clip, step the optimizer and the probe's history; returns the norm, None where it or the loss is not finite."""
     norm = run.clip()
     finite = torch.stack([loss, norm]).isfinite().all()
-    if not finite:  # the one wait for the device in a training step
-        return None
+    run.optimizer.found_inf = (~finite).float()  # then fused AdamW leaves weights and state as they are
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if not finite:  # the first wait for the device since the selection
+        return None
     if choice.history:
         run.moments.update_from_sums(*choice.history)
     return norm.item()
@@ -1148,9 +1150,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         transformers.AttentionInterface.register("packed", packed_attention)
         accelerator.unwrap_model(model).set_attn_implementation("packed")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=accelerator.device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
     optimizer = optimizer.optimizer
@@ -1169,8 +1169,12 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     if accelerator.device.type == "cuda":
         torch.set_num_threads(1)  # the host handles tiny tensors only, and waking threads takes longer than the work
     if args.compile:
-        # recompute what is cheap (norms, activations, dropout) in backward: half the memory for 3 % of the time
-        torch._functorch.config.activation_memory_budget = 0.5
+        TokenCrossEntropy.compile()
+        if not args.gradient_checkpointing:
+            # Recompute norms, activations and dropout in backward: half the memory for 3 % of the time. The allow-list
+            # stays: PyTorch's activation_memory_budget may also draw a dropout mask anew (wrong gradients, torch 2.13).
+            for ban in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
+                setattr(torch._functorch.config, f"ban_recompute_{ban}", False)
         for layer in run.probe.layers[:-1]:  # the last one carries the probe's hooks
             layer.compile(dynamic=True)
     return run

@@ -4,6 +4,7 @@
         --learning_rate 1e-3 --settings full-64 full-256 random random_keep colm-spsa colm-grad --output high_rate.json
     python benchmarks/convergence.py ... --prepare 600 --learning_rate 1e-4 --output low_rate.json
     python benchmarks/convergence.py --settings full-32 random colm-grad --coreset_sizes 32 --steps 20   # tiny, offline
+    python benchmarks/convergence.py --show high_rate.json --sort eval_loss_source_mean eval_loss_per_token
     python benchmarks/plot_convergence.py high_rate.json
 
 Flags that --help does not list go to train_colm.py; experiments.py holds selections that are not in it. The second
@@ -11,10 +12,13 @@ command first trains PREPARE for 600 steps at --prepare_lr, merges the adapter i
 
 * --held_out questions are kept for evaluation, with all the rows that ask them: rows ask the same when their letters
   and digits agree once answer options and a closing request for a program are taken off.
-* Each run is a process of its own, --jobs at once, and leaves one JSON in --work. What is there is not run again, so an
-  interrupted command goes on where it stopped; a failed run is reported, and the others go on.
+* --jobs processes, spread over the visible GPUs, take a run at a time, and each run leaves one JSON in --work. What is
+  there is not run again, so an interrupted command goes on where it stopped; a failed run is reported, others go on.
+* A process keeps its model from run to run where it can, and starts each from the seed's own adapters and a new
+  optimizer. The loss before training is then evaluated once.
 * Seconds are those of training steps: no evaluation, diagnostics or warm-up. With --jobs above 1 runs slow each other
-  down; so each setting's step is also timed alone (median of --time_steps), and seconds are steps times that.
+  down; so each setting's step is also timed alone (median of --time_steps), and seconds are steps times that. Without
+  that (--time_steps 0), tables have no seconds.
   The learning-rate schedule spans --steps; with --seconds T, the steps that a setting makes in T.
 
 Every --match_every steps, with dropout off and over all trained parameters:
@@ -31,6 +35,8 @@ Every --match_every steps, with dropout off and over all trained parameters:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import functools
 import gc
 import hashlib
@@ -54,10 +60,10 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 sys.path.insert(1, str(REPO / "benchmarks"))
-from experiments import EXPERIMENTS  # noqa: E402
+from experiments import EXPERIMENTS, completion_tokens  # noqa: E402
 
 import train_colm  # noqa: E402
-from colm_core import example_losses, small_sources  # noqa: E402
+from colm_core import AdamMoments, example_losses, small_sources  # noqa: E402
 from train_colm import Choice, Clock, TokenizedRows, UserError, generator_of  # noqa: E402
 
 SETTINGS = {  # name: flags of train_colm.py, after those of the command line
@@ -74,7 +80,6 @@ SETTINGS = {  # name: flags of train_colm.py, after those of the command line
     "colm-grad": "--selection colm --probe grad",
 }
 SETTINGS |= {name: "--selection colm --probe grad" for name in EXPERIMENTS}
-SETTINGS["oracle-nokeep"] += " --keep_sources none"
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 PREPARE = "full-256"
 MEASURES = {"mean over sources": "eval_loss_source_mean", "per token": "eval_loss_per_token"}
@@ -90,7 +95,13 @@ TAKEN = {
     "--config",
 }
 TAKEN |= {"--cluster_sources"}  # the loop below does not re-cluster
-COSTS = {"tokens": (1e6, 2), "probe_tokens": (1e6, 2), "step": (1, 0), "seconds": (1, 1)}  # scale and decimals
+COSTS = {  # of a run's records: name in a table, scale, decimals
+    "tokens": ("M tokens trained", 1e6, 2),
+    "completion_tokens": ("M completion tokens", 1e6, 2),
+    "probe_tokens": ("M tokens probed", 1e6, 2),
+    "step": ("steps", 1, 0),
+    "seconds": ("seconds", 1, 1),
+}
 COLUMNS = [*MEASURES.values(), *COSTS]
 
 
@@ -146,8 +157,6 @@ def load_run(spec: dict) -> train_colm.Run:
     tokenizer = train_colm.load_tokenizer(args)
     data = torch.load(spec["data"], weights_only=True)
     train, held_out = (TokenizedRows(**data[part]) for part in ("train", "held_out"))
-    if args.pool_size > len(train):
-        raise UserError(f"--pool_size {args.pool_size} exceeds the {len(train)} training rows: lower it")
     keep = small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
     if args.keep_sources != ["auto"]:
         keep = {train.names.index(name) for name in args.keep_sources if name != "none"}
@@ -156,7 +165,29 @@ def load_run(spec: dict) -> train_colm.Run:
         raise UserError("convergence.py runs on one device: start it with python")
     model = train_colm.load_model(args, accelerator, tokenizer)
     run = train_colm.build_run(args, accelerator, tokenizer, model, train, held_out, keep)
+    optimizer, scheduler = run.optimizer.state_dict(), run.scheduler.state_dict()
+    run.start = {"weights": [p.detach().cpu().clone() for p in run.trained]}
+    run.start |= {"optimizer": optimizer, "scheduler": copy.deepcopy(scheduler)}
     run.memory = {}
+    return run
+
+
+IN_A_STEP = {"selection", "probe", "num_directions", "direction", "pool_size", "coreset_size", "output_dir"}
+
+
+def restarted(run, spec: dict):
+    """The last run from its start under another selection, if only a step's own flags differ; else None."""
+    args = train_colm.parse_args(spec["argv"])
+    args.packing = run.args.packing if run and args.packing is None else args.packing
+    if run is None or any(vars(run.args)[k] != v for k, v in vars(args).items() if k not in IN_A_STEP):
+        return None
+    run.args, run.memory, run.moments = args, {}, AdamMoments(run.moments.betas)
+    with torch.no_grad():
+        for p, value in zip(run.trained, run.start["weights"], strict=True):
+            p.copy_(value)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.load_state_dict(run.start["optimizer"])
+    run.scheduler.load_state_dict(copy.deepcopy(run.start["scheduler"]))
     return run
 
 
@@ -178,7 +209,7 @@ def warm_up(run, spec: dict, choose) -> None:
     for step in range(spec["warm_steps"]):
         pool = train_colm.draw_pool(len(run.train), run.args.pool_size, run.args.seed, step)
         choice = choose(run, pool, step, Clock(run.device))
-        train_colm.train_on(run, pool[choice.index], weights_of(run, spec, choice), step)
+        train_colm.train_on(run, getattr(choice, "pool", pool)[choice.index], weights_of(run, spec, choice), step)
         run.optimizer.zero_grad(set_to_none=True)
     run.memory = {}
 
@@ -186,16 +217,21 @@ def warm_up(run, spec: dict, choose) -> None:
 def measure(run, spec: dict) -> dict:
     """The trainer's loop, with records instead of logs and checkpoints."""
     args = run.args
+    if args.pool_size > len(run.train):
+        raise UserError(f"--pool_size {args.pool_size} exceeds the {len(run.train)} training rows: lower it")
     choose = EXPERIMENTS.get(spec["setting"], train_colm.choose_coreset)
     warm_up(run, spec, choose)
-    totals = {"seconds": 0.0, "tokens": 0, "probe_tokens": 0}
-    result = {"eval": [], "match": [], "loss": [], "step_s": [], "kept": [], "selected": [], "peak_gb": 0.0}
+    totals = {"seconds": 0.0, "tokens": 0, "completion_tokens": 0, "probe_tokens": 0}
+    result = {name: [] for name in ("eval", "match", "loss", "step_s", "kept", "small", "selected")} | {"peak_gb": 0.0}
+    small = torch.tensor(sorted(run.keep), dtype=torch.long)
     if spec["eval_every"]:
-        result["eval"].append({"step": 0} | totals | held_out_loss(run))
+        run.start["held_out"] = run.start.get("held_out") or held_out_loss(run)
+        result["eval"].append({"step": 0} | totals | run.start["held_out"])
     for step in range(args.max_steps):
         clock, aside = Clock(run.device), 0.0
         pool = train_colm.draw_pool(len(run.train), args.pool_size, args.seed, step)
         choice = choose(run, pool, step, clock)
+        pool = getattr(choice, "pool", pool)
         rows, weights = pool[choice.index], weights_of(run, spec, choice)
         clock.mark("select")
         if spec["match_every"] and step % spec["match_every"] == 0:
@@ -211,10 +247,12 @@ def measure(run, spec: dict) -> dict:
         record = clock.read()
         totals["seconds"] += record["step_s"] - aside
         totals["tokens"] += sum(map(run.train.length, rows.tolist()))
+        totals["completion_tokens"] += int(completion_tokens(run.train, rows).sum())
         totals["probe_tokens"] += choice.probe_tokens
         result["peak_gb"] = max(result["peak_gb"], 0.0 if aside else record["peak_gb"])
-        values = {"loss": loss.item(), "step_s": record["step_s"] - aside}
-        for name, value in (values | {"kept": len(choice.kept), "selected": len(rows)}).items():
+        values = {"loss": loss.item(), "step_s": record["step_s"] - aside, "kept": len(choice.kept)}
+        values |= {"small": int(torch.isin(run.train.sources[rows], small).sum()), "selected": len(rows)}
+        for name, value in values.items():
             result[name].append(round(value, 6))
         done = step + 1
         if spec["eval_every"] and (done % spec["eval_every"] == 0 or done == args.max_steps):
@@ -239,40 +277,30 @@ def merge(run, folder: Path) -> None:
         run.tokenizer.save_pretrained(aside)
 
 
-IN_A_STEP = {"selection", "probe", "num_directions", "direction", "pool_size", "coreset_size", "seed", "output_dir"}
-
-
-def retimed(run, spec: dict):
-    """The last run under another selection, if only a step's own flags differ: loading and compiling take a while."""
-    args = train_colm.parse_args(spec["argv"])
-    args.packing = run.args.packing if run and args.packing is None else args.packing
-    if run is None or any(vars(run.args)[k] != v for k, v in vars(args).items() if k not in IN_A_STEP):
-        return None
-    run.args, run.memory = args, {}
-    return run
-
-
-def worker(paths: list[str]) -> None:
-    """Run specs one after another; each leaves its JSON, or its traceback in the log."""
-    failed, run = False, None
-    for spec in (json.loads(Path(path).read_text()) for path in paths):
+def worker() -> None:
+    """Run the specs that stdin names, one after another; each leaves its JSON. The first to fail ends the process: it
+    may leave a device in no state to go on."""
+    run, code = None, code_digest()
+    for spec in map(json.loads, sys.stdin):
         try:
-            run = (retimed(run, spec) if spec["kind"] == "time" else None) or load_run(spec)
+            if restarted(run, spec) is None:
+                run = None
+                gc.unfreeze()  # build_run froze what the last run holds
+                gc.collect()
+                run = load_run(spec)
             result = measure(run, spec)
             digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in run.trained))
             if spec["merge_into"]:
                 merge(run, Path(spec["merge_into"]))
             card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
-            about = {"card": card, "weights": digest.hexdigest()[:16], "code": code_digest()}
+            about = {"card": card, "weights": digest.hexdigest()[:16], "code": code}
             with train_colm.replacing(Path(spec["output"])) as aside:
                 aside.write_text(json.dumps(spec | about | result))
-        except Exception as error:  # the next spec may still run
-            failed, run = True, None
+        except Exception as error:
             traceback.print_exc()
             print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
-            gc.unfreeze()  # build_run froze what the failed run holds
-            gc.collect()
-    sys.exit(int(failed))
+            sys.exit(1)
+    sys.exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------- data and plan
@@ -346,7 +374,7 @@ def make_spec(own, model, flags, setting, k, seed, steps, data: Path, work: Path
     spec = {"kind": "run", "setting": setting, "label": f"{setting}@{k}" if k else setting, "seed": seed}
     spec |= {"coreset_size": size, "eval_every": own.eval_every, "match_every": own.match_every}
     spec |= {"random_coresets": own.random_coresets, "warm_steps": own.warm_steps, "merge_into": None} | more
-    source = inspect.getsource(EXPERIMENTS[setting]) if setting in EXPERIMENTS else ""
+    source = Path(inspect.getfile(completion_tokens)).read_text() if setting in EXPERIMENTS else ""
     spec["digest"] = sha(spec, argv, model_digest(model), data.stem, source)
     name = f"{spec['kind']}-{spec['label']}-s{seed}-{spec['digest']}"
     argv += ["--output_dir", str(work / "scratch" / name), *(["--model", model] if model else [])]
@@ -357,39 +385,63 @@ def make_spec(own, model, flags, setting, k, seed, steps, data: Path, work: Path
 # --------------------------------------------------------------------------------------------------------- many runs
 
 
-def run_all(batches: list[list[dict]], jobs: int, deadline: float) -> list[str]:
-    """Start a process for each batch of specs whose results are missing, `jobs` at once; returns what failed."""
-    batches = [[s for s in batch if not Path(s["output"]).exists()] for batch in batches]
-    waiting, running, problems, total = [b for b in batches if b], {}, [], sum(map(len, batches))
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), "TOKENIZERS_PARALLELISM": "false"}
+def visible_devices() -> list[str]:
+    """A CUDA_VISIBLE_DEVICES for each visible GPU; as it is where there is none."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return [name.strip() for name in listed.split(",") if name.strip()] or [listed]
+
+
+def start_worker(device: str, jobs: int, log: Path) -> subprocess.Popen:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "TOKENIZERS_PARALLELISM": "false"}
     env |= {"ACCELERATE_MIXED_PRECISION": "bf16" if torch.cuda.is_available() else "no"} | dict(os.environ)
-    print(f"{total} runs to do", flush=True)
+    env["CUDA_VISIBLE_DEVICES"] = device
+    command = [sys.executable, __file__, "--worker"]
+    with open(log, "w") as file:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env, text=True)
+
+
+def run_all(specs: list[dict], jobs: int, deadline: float) -> list[str]:
+    """Run the specs whose results are missing, in `jobs` processes over all devices; returns what failed."""
+    waiting = [spec for spec in specs if not Path(spec["output"]).exists()]
+    workers, devices, problems = {}, visible_devices(), []  # process: its device, log, spec and when that began
+    print(f"{len(waiting)} runs to do", flush=True)
+
+    def hand(process, device, log, spec) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended is noticed below
+            process.stdin.write(json.dumps(spec) + "\n")
+            process.stdin.flush()
+        workers[process] = (device, log, spec, time.time())
+
     try:
-        while running or (waiting and time.time() < deadline):
-            while waiting and len(running) < jobs and time.time() < deadline:
-                batch = waiting.pop(0)
-                paths = [Path(spec["output"]).with_suffix(".spec") for spec in batch]
-                for path, spec in zip(paths, batch, strict=True):
-                    path.write_text(json.dumps(spec))
-                with open(paths[0].with_suffix(".log"), "w") as log:
-                    command = [sys.executable, __file__, "--worker", *map(str, paths)]
-                    process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-                running[process] = (batch, paths[0].with_suffix(".log"), time.time())
+        while workers or (waiting and time.time() < deadline):
+            while waiting and len(workers) < jobs and time.time() < deadline:
+                used = [device for device, *_ in workers.values()]
+                device, spec = min(devices, key=used.count), waiting.pop(0)
+                log = Path(spec["output"]).with_suffix(".log")
+                hand(start_worker(device, jobs, log), device, log, spec)
             time.sleep(0.1)
-            for process in [p for p in running if p.poll() is not None]:
-                batch, log, start = running.pop(process)
-                for spec in batch:
-                    good = Path(spec["output"]).exists()
-                    name = f"{spec['label']} seed {spec['seed']}"
-                    print(f"{name}: {'done' if good else 'FAILED'}, {time.time() - start:.0f} s", flush=True)
-                    if not good:
-                        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-                        problems.append(f"{name}: exit code {process.returncode}, {last} (see {log})")
+            for process, (device, log, spec, start) in [*workers.items()]:
+                ended, good = process.poll() is not None, Path(spec["output"]).exists()
+                if not (ended or good):
+                    continue
+                name = f"{spec['label']} seed {spec['seed']}"
+                print(f"{name}: {'done' if good else 'FAILED'}, {time.time() - start:.0f} s", flush=True)
+                if not good:
+                    last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+                    problems.append(f"{name}: exit code {process.returncode}, {last} (see {log})")
+                if good and not ended and waiting and time.time() < deadline:
+                    hand(process, device, log, waiting.pop(0))
+                else:
+                    with contextlib.suppress(BrokenPipeError):
+                        process.stdin.close()  # it has nothing more to do
+                    process.wait()
+                    del workers[process]
     finally:
-        for process in running:
+        for process in workers:
             process.terminate()
             process.wait()
-    return problems + [f"{s['label']} seed {s['seed']}: not started before --stop_after" for b in waiting for s in b]
+    return problems + [f"{s['label']} seed {s['seed']}: not started before --stop_after" for s in waiting]
 
 
 def read_runs(specs: list[dict]) -> list[dict]:
@@ -401,7 +453,7 @@ def read_runs(specs: list[dict]) -> list[dict]:
 
 def at(run: dict, key: str, axis: str, where: float) -> float | None:
     """The curve `key` at `where` on `axis` (step or seconds), linear between evaluations."""
-    points = [(r[axis], r[key]) for r in run["eval"] if r[key] is not None]
+    points = [(r[axis], r[key]) for r in run["eval"] if r.get(key) is not None]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if x0 <= where <= x1:
             return y0 + (y1 - y0) * (where - x0) / (x1 - x0 or 1)
@@ -421,8 +473,16 @@ def markdown(title: str, header: list[str], rows: list[list]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
-def loss_table(groups: dict[str, list[dict]], axis: str, where: float) -> str:
-    """Loss of every setting at one step or second, and which share it closes of the gap between full batches."""
+def mean(values: list[float | None], digits: int) -> str:
+    values = [v for v in values if v is not None]
+    return f"{statistics.fmean(values):.{digits}f}" if values else "-"
+
+
+def loss_table(groups: dict[str, list[dict]], axis: str, where: float, sort: list[str], timed: bool) -> str:
+    """Loss of every setting at one step or second, and which share it closes of the gap between full batches; by the
+    sum of the measures `sort`, best first. The costs stand in the table at equal steps."""
+    shown = COSTS if axis == "step" else ["step"]
+    costs = {key: COSTS[key] for key in shown if timed or key != "seconds"}
     values = {label: {k: [at(r, k, axis, where) for r in runs] for k in COLUMNS} for label, runs in groups.items()}
     full = sorted((label for label in groups if label.startswith("full-")), key=lambda label: int(label[5:]))
     gaps = {}
@@ -433,20 +493,28 @@ def loss_table(groups: dict[str, list[dict]], axis: str, where: float) -> str:
             gaps[key] = (statistics.fmean(low), statistics.fmean(low) - statistics.fmean(high), noise)
     first = [run["eval"][0] for runs in groups.values() for run in runs]
     before = [spread([r[key] for r in first]) for key in MEASURES.values()]
-    rows = [["before training", "", *before, *[""] * len(COSTS)]]
-    for label, of in values.items():
+    extra = ["small rows", "peak GB"] if axis == "step" else []
+    empty = [""] * (len(costs) + len(extra))
+    rows = [["before training", "", *before, *empty]]
+
+    def rank(item):
+        return sum(math.inf if None in item[1][key] else statistics.fmean(item[1][key]) for key in sort)
+
+    for label, of in sorted(values.items(), key=rank):
         cells = [spread(of[key]) for key in MEASURES.values()]
         for i, key in enumerate(MEASURES.values()):
             start, gap, noise = gaps.get(key, (0, 0, 0))
             if gap > 2 * noise and cells[i] != "-":
                 cells[i] += f" ({(start - statistics.fmean(of[key])) / gap:.0%})"
-        cost = [spread([v / scale for v in of[key]], digits) for key, (scale, digits) in COSTS.items()]
-        rows.append([label, len(groups[label]), *cells, *cost])
+        cost = [mean([v and v / scale for v in of[key]], digits) for key, (_, scale, digits) in costs.items()]
+        small = [statistics.fmean(run["small"]) for run in groups[label] if run.get("small")]
+        more = [mean(small, 1), f"{max(run['peak_gb'] for run in groups[label]):.1f}"]
+        rows.append([label, len(groups[label]), *cells, *cost, *more[: len(extra)]])
     if gaps:
         cells = [gaps.get(key) for key in MEASURES.values()]
         cells = [f"{c[1]:.3f}" + (f" ± {c[2]:.3f}" if c[2] else "") if c else "-" for c in cells]
-        rows.append([f"gap {full[0]} to {full[-1]}", "", *cells, *[""] * len(COSTS)])
-    header = ["setting", "seeds", *MEASURES, "M tokens trained", "M tokens probed", "steps", "seconds"]
+        rows.append([f"gap {full[0]} to {full[-1]}", "", *cells, *empty])
+    header = ["setting", "seeds", *MEASURES, *(name for name, *_ in costs.values()), *extra]
     title = f"Held-out loss after {where:.1f} seconds" if axis == "seconds" else f"Held-out loss after {where} steps"
     return markdown(f"{title} (share of the gap closed, where it exceeds twice the spread)", header, rows)
 
@@ -466,15 +534,13 @@ def match_table(groups: dict[str, list[dict]]) -> str:
     return markdown("Gradients of coreset and pool", [*header, "signal-to-noise"], rows) if rows else ""
 
 
-def tables(runs: list[dict], same_seconds: bool) -> str:
+def tables(runs: list[dict], axes=("step", "seconds"), sort=()) -> str:
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(run["label"], []).append(run)
-    steps, seconds = (min(run["eval"][-1][axis] for run in runs) for axis in ("step", "seconds"))
-    parts = [] if same_seconds else [loss_table(groups, "step", steps)]
-    peaks = {label: max(run["peak_gb"] for run in runs) for label, runs in groups.items()}
-    memory = "Peak memory of a run, GB: " + ", ".join(f"{label} {peak:.1f}" for label, peak in peaks.items()) + "\n"
-    return "\n".join(filter(None, [*parts, loss_table(groups, "seconds", seconds), match_table(groups), memory]))
+    ends = {axis: min(run["eval"][-1][axis] for run in runs) for axis in axes}
+    parts = [loss_table(groups, axis, end, sort, "seconds" in axes) for axis, end in ends.items()]
+    return "\n".join(filter(None, [*parts, match_table(groups)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -485,7 +551,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="folder or hub id; without it the trainer's tiny random model")
     add("--train_file", help="rows to train and evaluate on; without it the trainer's generated mixture")
-    add("--settings", nargs="+", choices=SETTINGS, default=["full-64", "full-128", "random", "random_keep"])
+    basic = ", ".join(name for name in SETTINGS if name not in EXPERIMENTS)
+    add("--settings", nargs="+", metavar="NAME", default=["full-64", "full-128", "random", "random_keep"])
+    parser.epilog = f"settings: {basic}, and those of experiments.py, such as norms, keep+sumnorms, half+longest"
     add("--coreset_sizes", nargs="+", type=int, default=[64])
     add("--seeds", nargs="+", type=int, default=[0])
     add("--steps", type=int, default=240)
@@ -503,17 +571,27 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stop_after", type=float, default=math.inf, help="start no run after so many seconds")
     add("--work", default="colm_output/convergence", help="folder of finished runs and tokenised rows")
     add("--output", default="convergence.json")
+    add("--sort", nargs="+", choices=MEASURES.values(), default=[], help="sort tables by the sum of these measures")
+    add("--show", nargs="+", metavar="JSON", help="only print the tables of finished commands, in one")
     return parser
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["--worker"]:
-        worker(argv[1:])
+        worker()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs do not outlive this process
     own, flags = build_parser().parse_known_args(argv)
     for name in ("steps", "eval_every", "jobs", "random_coresets"):
         if getattr(own, name) < 1:
             raise UserError(f"--{name} {getattr(own, name)} is out of range: give 1 or more")
+    if own.show:
+        results = [json.loads(Path(path).read_text()) for path in own.show]
+        axes = set.intersection(*(set(result["axes"]) for result in results))
+        print(tables([run for result in results for run in result["runs"]], sorted(axes, reverse=True), own.sort))
+        return 0
+    for name in own.settings:
+        if name not in SETTINGS:
+            raise UserError(f"--settings {name} is unknown: --help tells which there are")
     for name in TAKEN.intersection(flags):
         raise UserError(f"{name} is not for train_colm.py here: see --help for the flags that settle it")
     work, deadline = Path(own.work), time.time() + own.stop_after
@@ -532,7 +610,7 @@ def main(argv: list[str]) -> int:
         model = spec["merge_into"] = str(work / f"prepared-{spec['digest']}")
         if not Path(model).exists():
             Path(spec["output"]).unlink(missing_ok=True)
-        if problems := run_all([[spec]], 1, deadline):
+        if problems := run_all([spec], 1, deadline):
             raise UserError(f"preparation failed: {problems[0]}")
         preparation = read_runs([spec])[0]
         print(f"prepared {model}: held-out loss {preparation['eval'][-1]['eval_loss']:.3f}", flush=True)
@@ -542,7 +620,7 @@ def main(argv: list[str]) -> int:
     if own.time_steps and (own.jobs > 1 or own.seconds):
         more = {"kind": "time", "eval_every": 0, "match_every": 0}
         timed = [build(model, flags, name, k, 0, own.time_steps, **more) for name, k in cells]
-        problems += run_all([timed], 1, deadline)
+        problems += run_all(timed, 1, deadline)
         step_s = {run["label"]: statistics.median(run["step_s"]) for run in read_runs(timed)}
     specs = []
     for seed in own.seeds:
@@ -552,7 +630,7 @@ def main(argv: list[str]) -> int:
                 continue
             steps = max(1, round(own.seconds / step_s[label])) if own.seconds else own.steps
             specs.append(build(model, flags, name, k, seed, steps))
-    problems += run_all([[spec] for spec in specs], own.jobs, deadline)
+    problems += run_all(specs, own.jobs, deadline)
     runs = read_runs(specs)
     for run in runs:
         for record in run["eval"] if run["label"] in step_s else ():
@@ -561,7 +639,8 @@ def main(argv: list[str]) -> int:
     result |= {"data": about_data, "card": sorted({run["card"] for run in runs}), "jobs": own.jobs}
     result |= {"settings": {name: SETTINGS[name] for name in own.settings}, "preparation": preparation}
     result |= {"code": sorted({run["code"] for run in runs}), "step_s_alone": step_s, "problems": problems}
-    result["tables"] = tables(runs, bool(own.seconds)) if runs else ""
+    result["axes"] = ["step"] * (not own.seconds) + ["seconds"] * (own.jobs == 1 or bool(step_s))
+    result["tables"] = tables(runs, result["axes"], own.sort) if runs else ""
     with train_colm.replacing(Path(own.output)) as aside:
         aside.write_text(json.dumps(result | {"runs": runs}))
     print(f"\n{result['tables']}\n{', '.join(result['card'])}, {result['versions']}: {own.output}")

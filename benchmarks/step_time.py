@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --shape tiny                            # a minute on two CPU cores
     python benchmarks/plot_step_time.py benchmarks/results/*.json          # the picture of the split
 
-Any flag of train_colm.py may be added. Row lengths are clip(lognormal(5.25, 0.55), 48, 512) and the second half of each
+Any flag of train_colm.py may be added; `accelerate launch` runs it on several ranks. Row lengths are clip(lognormal(5.25, 0.55), 48, 512) and the second half of each
 row is its completion; --train_file with --tokenizer takes real rows instead. 24 % of the rows belong to small sources,
 which CoLM keeps and does not probe.
 
@@ -51,7 +51,7 @@ MODES = {  # name: (selection, probe, pool, coreset)
     "ft-256": ("full", "grad", 256, 256),
 }
 SMALL = set(range(7))
-COLUMNS = ["step_s", "probe_s", "select_s", "train_s", "optimizer_s", "ideal_s", "forward_s"]
+COLUMNS = ["step_s", "probe_s", "select_s", "train_s", "optimizer_s", "comm_s", "ideal_s", "forward_s"]
 COLUMNS += ["peak_gb", "probe_gb", "train_gb", "tokens_per_s", "model_tflops"]
 
 
@@ -90,7 +90,24 @@ def make_run(shape: str, args, train_file: str | None = None, tokenizer: str | N
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
         train = train_colm.tokenize(rows, places, tokenizer, args, [], True)
         keep = train_colm.small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
-    return train_colm.build_run(args, accelerator, None, model, train, None, keep)
+    run = train_colm.build_run(args, accelerator, None, model, train, None, keep)
+    run.add_up, run.from_main = (partial(counted, run, function) for function in (run.add_up, run.from_main))
+    return run
+
+
+def counted(run: train_colm.Run, collective, tensor: torch.Tensor) -> torch.Tensor:
+    """One of CoLM's own collectives, with its time; 0 on one rank, where they do nothing."""
+    if run.ranks == 1:
+        return collective(tensor)
+    start = time.perf_counter()
+    if run.device.type == "cuda":  # the wait is for work that the collective would wait for as well
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+    result = collective(tensor)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    run.comm_s += time.perf_counter() - start
+    return result
 
 
 def timed(function, device) -> float:
@@ -130,6 +147,7 @@ def warm_up(run: train_colm.Run) -> None:
 def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> dict:
     """A whole step as the training loop makes it, without its logging."""
     run.args.selection, run.args.probe, size, run.args.coreset_size = MODES[mode]
+    run.comm_s, run.comm_bytes = 0.0, 0
     clock = train_colm.Clock(run.device)
     choice = train_colm.choose_coreset(run, pool[:size], step, clock)
     clock.mark("select")
@@ -138,7 +156,8 @@ def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> d
     clock.mark("train")
     train_colm.update(run, choice, loss)
     clock.mark("optimizer")
-    return clock.read() | {"rows": rows, "probe_tokens": choice.probe_tokens}
+    counts = {"probe_tokens": choice.probe_tokens, "comm_s": run.comm_s, "comm_bytes": run.comm_bytes}
+    return clock.read() | {"rows": rows, "loss": loss.item()} | counts
 
 
 def ideal_step(run: train_colm.Run, probed: torch.Tensor, rows: torch.Tensor | None) -> None:
@@ -188,7 +207,7 @@ def measure(run: train_colm.Run, modes: list[str], repeats: int) -> dict[str, li
     return records
 
 
-def report(records: dict[str, list[dict]], rate: float) -> dict:
+def report(records: dict[str, list[dict]], rate: float) -> dict:  # rate: of all cards
     """Print medians and the ratios that matter; returns both."""
     medians = {m: {c: statistics.median(r.get(c, 0) for r in rows) for c in COLUMNS} for m, rows in records.items()}
     print(f"{'':<10}" + "".join(f"{c:>13}" for c in COLUMNS))
@@ -235,14 +254,18 @@ def main() -> None:
     parser.add_argument("--output", default="step_time.json")
     own, flags = parser.parse_known_args()
     run = make_run(own.shape, train_colm.build_parser().parse_args(flags), own.train_file, own.tokenizer)
+    if not run.accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")
     rate = matrix_rate(run.device)
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
     versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate, peft)}
-    about = {"shape": own.shape, "flags": flags, "card": card, "matrix_tflops": rate / 1e12, "repeats": own.repeats}
+    about = {"shape": own.shape, "flags": flags, "card": card, "ranks": run.ranks, "repeats": own.repeats}
+    about |= {"matrix_tflops": rate / 1e12}
     print(f"{about | versions}")
     records = measure(run, own.modes, own.repeats)
-    result = about | {"versions": versions} | report(records, rate) | {"records": records}
-    Path(own.output).write_text(json.dumps(result, indent=1))
+    result = about | {"versions": versions} | report(records, rate * run.ranks) | {"records": records}
+    if run.accelerator.is_main_process:
+        Path(own.output).write_text(json.dumps(result, indent=1))
     if own.profile:
         profile(run, own.profile)
 

@@ -479,6 +479,17 @@ def test_bad_input_is_one_line(home, whole, capsys, more, message):
     assert end.value.code == 2 and re.search(f"^error: .*{message}", line)
 
 
+def test_a_gpu_that_is_too_small_is_one_line(home, monkeypatch, capsys):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(E.Batch, "step", step)
+    with pytest.raises(SystemExit) as stopped:
+        E.cli(flags(home, "small"))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stopped.value.code == 2 and "--max_tokens_per_batch 800 takes more memory than the GPU has free" in line
+
+
 def test_without_a_filter_no_program_runs_and_the_strict_score_is_left_out(home, monkeypatch, capsys):
     monkeypatch.setattr(E, "filter_code", bytes)
     assert E.run_program("print(1)")[:2] == ("error", "")

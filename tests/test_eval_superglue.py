@@ -514,3 +514,12 @@ def test_bad_settings(world, finished, tmp_path, capsys):
     again = [str(x) for x in command(world, finished)[3:]]
     assert "--option_score is sum, but" in refused(capsys, *again, "--option_score", "sum")
     assert (finished / "results.json").exists()
+
+
+def test_a_gpu_that_is_too_small_is_one_line(world, tmp_path, monkeypatch, capsys):
+    def score_options(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(sg, "score_options", score_options)
+    score = ["score", f"CB={world / 'CB'}", "--output_dir", tmp_path / "out", "--model", world / "model"]
+    assert "--max_tokens_per_batch 16384 takes more memory than the GPU has free: lower" in refused(capsys, *score)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from torch._dynamo.utils import counters
 
 import train_colm
+from colm_core import TokenCrossEntropy
 
 POOLS = 3
 
@@ -22,6 +24,18 @@ def one_run(tmp_path, *flags: str) -> train_colm.Run:
             if "lora_B" in name:
                 p.normal_(std=0.02)
     return train_colm.build_run(args, accelerator, tokenizer, model, train, None, keep)
+
+
+@pytest.fixture(autouse=True)
+def eager_again():
+    """What --compile sets for the whole process."""
+    before = {k: vars(TokenCrossEntropy)[k] for k in ("chunk", "log_sum_exp", "scaled_softmax_")}
+    bans = {k: getattr(functorch_config, k) for k in dir(functorch_config) if k.startswith("ban_recompute")}
+    yield
+    for name, value in before.items():
+        setattr(TokenCrossEntropy, name, value)
+    for name, value in bans.items():
+        setattr(functorch_config, name, value)
 
 
 def steps(run: train_colm.Run) -> list[tuple]:
@@ -65,8 +79,25 @@ def test_compiled_layers_train_and_select_as_plain_ones_do_without_endless_recom
             rows = train_colm.draw_pool(len(run.train), 13 + step, budget, step)
             train_colm.train_on(run, rows, torch.ones(len(rows)), step)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert 0 < graphs[-1] <= 6  # with and without gradients, the first layer and the others, one row and several
+    assert 0 < graphs[-1] <= 10  # with and without gradients, the first layer and the others, one row and several; loss
     assert graphs[-1] == graphs[1]
+
+
+@pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
+def test_compiled_layers_go_back_through_the_dropout_they_went_forward_through(tmp_path, checkpointing):
+    torch._dynamo.reset()
+    run = one_run(tmp_path, "--compile", checkpointing, "--lora_dropout", "0.5")
+    rows, ones = torch.arange(16), torch.ones(16)
+    train_colm.train_on(run, rows, ones, 0)
+    gradient = [p.grad.clone() for p in run.trained]
+    losses = []
+    for sign in (1, -2):  # along the gradient, there and back
+        with torch.no_grad():
+            for p, g in zip(run.trained, gradient, strict=True):
+                p += sign * 1e-2 * g
+        losses.append(train_colm.train_on(run, rows, ones, 0))
+    slope = (losses[0] - losses[1]).item() / 2e-2
+    assert slope == pytest.approx(sum(g.square().sum().item() for g in gradient), rel=2e-2)
 
 
 def test_switching_the_mode_is_what_train_does(tmp_path):
