@@ -152,14 +152,15 @@ class AdamMoments:
         self.v: Tensor | None = None  # [D]
         self.updates = 0  # DIFFERS 2: bias correction counts the updates of this history, not the global steps
 
-    def normalize(self, g: Tensor) -> Tensor:
-        """Feature of every gradient, [N, D] -> [N, D]."""
-        b1, b2 = self.betas
-        m, v = (1 - b1) * g, (1 - b2) * g.square()
-        if self.m is not None:
-            m, v = m.add_(self.m, alpha=b1), v.add_(self.v, alpha=b2)
-        t = self.updates + 1
-        return m.div_(1 - b1**t).div_(v.div_(1 - b2**t).sqrt_().add_(self.eps))
+    def normalize(self, g: Tensor, coordinates: Tensor | None = None) -> Tensor:
+        """Feature of every gradient, [N, D] -> [N, D]; where g [N, h] holds only `coordinates` [N, h], of those."""
+        (b1, b2), t = self.betas, self.updates + 1
+        m, v = (g.new_zeros(()), g.new_zeros(())) if self.m is None else (self.m, self.v)
+        if coordinates is not None and self.m is not None:
+            m, v = m[coordinates], v[coordinates]
+        m = torch.add(m * (b1 / (1 - b1**t)), g, alpha=(1 - b1) / (1 - b1**t))
+        v = torch.addcmul(v * (b2 / (1 - b2**t)), g, g, value=(1 - b2) / (1 - b2**t))
+        return m.div_(v.sqrt_().add_(self.eps))
 
     def update(self, g_selected: Tensor) -> None:
         """m <- mean of m_i, v <- mean of v_i over the selected big-source gradients [M, D]; nothing when M = 0."""
@@ -241,14 +242,16 @@ def sparse_features(
     """
     sources = sources.to(device, non_blocking=True)
     sums = torch.zeros(num_sources, gradients.dims, device=device)
+    broken = torch.zeros(len(sources), 1, dtype=torch.bool, device=device)
     for rows, g in gradients.chunks(device):
         f = moments.normalize(g)  # [chunk, D]
-        sums.index_add_(0, sources[rows], f.masked_fill_(~g.isfinite().all(1, keepdim=True), 0))
+        broken[rows] = ~f.sum(1, keepdim=True).isfinite()
+        sums.index_add_(0, sources[rows], f.masked_fill_(broken[rows], 0))
     coordinates = largest_coordinates(reduce(sums), h)  # [S, h]
     features = [sums.new_zeros(0, coordinates.shape[1])]
     for rows, g in gradients.chunks(device):
-        f = moments.normalize(g).masked_fill_(~g.isfinite().all(1, keepdim=True), math.nan)
-        features.append(f.gather(1, coordinates[sources[rows]]))
+        wanted = coordinates[sources[rows]]  # [chunk, h]
+        features.append(moments.normalize(g.gather(1, wanted), wanted).masked_fill_(broken[rows], math.nan))
     return torch.cat(features)  # [n, h]
 
 

@@ -741,12 +741,17 @@ def use_clusters(run: Run, clusters: Tensor) -> None:
     run.keep = small_sources({c: size for c, size in enumerate(sizes) if size})
 
 
+def probe_budget(args) -> int:
+    """Tokens of a probing micro-batch: no graph is kept below the last layer."""
+    return args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)
+
+
 def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor]:
     """Zeroth-order or exact gradients of the last V projection for dataset `rows`; which of them this rank holds."""
     args, probe, device = run.args, run.probe, run.device
     run.mode(training=False)
     gradients, mine, derivatives = PoolGradients(probe.dims), [], None
-    budget = args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)  # no graph below the last layer
+    budget = probe_budget(args)
     if args.probe == "spsa":
         gradients.z = directions(args, probe, step, device)
         gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
@@ -1132,7 +1137,6 @@ def make_accelerator(args) -> Accelerator:
 
 def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run:
     """Wrap the model for its devices and put probe, optimizer and schedule around it."""
-    import torch._functorch.config
     import transformers
 
     try:
@@ -1169,15 +1173,40 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     if accelerator.device.type == "cuda":
         torch.set_num_threads(1)  # the host handles tiny tensors only, and waking threads takes longer than the work
     if args.compile:
-        TokenCrossEntropy.compile()
-        if not args.gradient_checkpointing:
-            # Recompute norms, activations and dropout in backward: half the memory for 3 % of the time. The allow-list
-            # stays: PyTorch's activation_memory_budget may also draw a dropout mask anew (wrong gradients, torch 2.13).
-            for ban in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
-                setattr(torch._functorch.config, f"ban_recompute_{ban}", False)
-        for layer in run.probe.layers[:-1]:  # the last one carries the probe's hooks
-            layer.compile(dynamic=True)
+        compile_layers(run)
     return run
+
+
+def compile_layers(run: Run) -> None:
+    """Compile the loss and every decoder layer but the last, which carries the probe's hooks."""
+    import torch._functorch.config
+    import torch._inductor.config
+    from torch._inductor import inductor_prims
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    class SameDropout(CustomGraphPass):
+        """Backward may compute a dropout mask again, but must not draw it anew: seeds are saved.
+
+        With a memory budget PyTorch (2.13) does draw anew, and gradients are wrong without a word.
+        """
+
+        def __call__(self, graph):
+            for node in graph.nodes:
+                if node.target in (inductor_prims.seed, inductor_prims.seeds):
+                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+        def uuid(self):
+            return "dropout seeds are saved"
+
+    torch._inductor.config.joint_custom_post_pass = SameDropout()
+    # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time.
+    # Next to nothing: all but a layer's input is, as checkpointing would do with twice the calls.
+    torch._functorch.config.activation_memory_budget = 1e-3 if run.args.gradient_checkpointing else 0.5
+    TokenCrossEntropy.compile()
+    for layer in run.probe.layers[:-1]:
+        layer.gradient_checkpointing = False
+        layer.compile(dynamic=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- loop

@@ -4,9 +4,9 @@
     python benchmarks/step_time.py --shape tiny                            # a minute on two CPU cores
     python benchmarks/plot_step_time.py benchmarks/results/*.json          # the picture of the split
 
-Any flag of train_colm.py may be added; `accelerate launch` runs it on several ranks. Row lengths are clip(lognormal(5.25, 0.55), 48, 512) and the second half of each
-row is its completion; --train_file with --tokenizer takes real rows instead. 24 % of the rows belong to small sources,
-which CoLM keeps and does not probe.
+Any flag of train_colm.py may be added, and `accelerate launch` runs it on several ranks. Row lengths are
+clip(lognormal(5.25, 0.55), 48, 512) and the second half of each row is its completion; --train_file with --tokenizer
+takes real rows instead. 24 % of the rows belong to small sources, which CoLM keeps and does not probe.
 
 `ideal` is the no-gradient forward of the probed examples plus forward and backward of the coreset, in the same
 micro-batches and nothing else, measured on the same examples in the same run. `forward` is its first part.
@@ -15,6 +15,7 @@ micro-batches and nothing else, measured on the same examples in the same run. `
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -162,7 +163,7 @@ def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> d
 
 def ideal_step(run: train_colm.Run, probed: torch.Tensor, rows: torch.Tensor | None) -> None:
     run.mode(training=False)
-    for _, batch, _ in run.micro_batches(run.train, probed.tolist(), 2 * run.args.max_tokens_per_micro_batch):
+    for _, batch, _ in run.micro_batches(run.train, probed.tolist(), train_colm.probe_budget(run.args)):
         with torch.no_grad(), run.accelerator.autocast():
             example_losses(run.inner, run.hook, batch)
     if rows is not None:
@@ -255,7 +256,7 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     run = make_run(own.shape, train_colm.build_parser().parse_args(flags), own.train_file, own.tokenizer)
     if not run.accelerator.is_main_process:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = io.StringIO()
     rate = matrix_rate(run.device)
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
     versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate, peft)}

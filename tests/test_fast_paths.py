@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch._dynamo.utils import counters
 
 import train_colm
@@ -30,12 +31,11 @@ def one_run(tmp_path, *flags: str) -> train_colm.Run:
 def eager_again():
     """What --compile sets for the whole process."""
     before = {k: vars(TokenCrossEntropy)[k] for k in ("chunk", "log_sum_exp", "scaled_softmax_")}
-    bans = {k: getattr(functorch_config, k) for k in dir(functorch_config) if k.startswith("ban_recompute")}
     yield
+    functorch_config.activation_memory_budget = 1.0
+    inductor_config.joint_custom_post_pass = None
     for name, value in before.items():
         setattr(TokenCrossEntropy, name, value)
-    for name, value in bans.items():
-        setattr(functorch_config, name, value)
 
 
 def steps(run: train_colm.Run) -> list[tuple]:
