@@ -669,7 +669,7 @@ class VProjectionProbe:
             taped.extend((low, leaf))
             return output.index_copy(-1, rows, leaf)
 
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), _uncompiled(self.layer), ExitStack() as stack:
             stack.callback(self.module.register_forward_hook(make_leaf).remove)
             loss = losses().sum()
             low, leaf = taped
@@ -706,7 +706,7 @@ class VProjectionProbe:
             stacked = torch.cat(outputs)  # [2n * B, T, d]
             return stacked if isinstance(out, Tensor) else (stacked, *out[1:])
 
-        with ExitStack() as stack:
+        with _uncompiled(self.layer), ExitStack() as stack:
             stack.callback(self.module.register_forward_hook(add_perturbation).remove)
             stack.enter_context(_patched_forward(self.layer, run_copies))
             for leaf in self.tail if wide_tail else ():
@@ -754,6 +754,16 @@ def _no_narrowing(dtype: torch.dtype, kind: str):
     """Outside autocast, and without modules' own casts to a precision below `dtype`."""
     with torch.autocast(kind, enabled=False), _InFloat64() if dtype == torch.float64 else nullcontext():
         yield
+
+
+@contextmanager
+def _uncompiled(module: nn.Module):
+    """Run a module that `module.compile()` compiled as it is written: compiled code ignores hooks that came later."""
+    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
 
 
 @contextmanager

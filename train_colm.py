@@ -496,7 +496,7 @@ def load_model(args, accelerator: Accelerator, tokenizer):
 
 def add_lora(model, args):
     """The model with --gradient_checkpointing and LoRA adapters as the flags ask."""
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing and not args.compile:  # compiled layers do it themselves: see compile_layers
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
     if not args.lora_r:
@@ -1178,7 +1178,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
 
 
 def compile_layers(run: Run) -> None:
-    """Compile the loss and every decoder layer but the last, which carries the probe's hooks."""
+    """Compile the decoder layers and the loss. While it probes, the last layer runs as written."""
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import inductor_prims
@@ -1204,8 +1204,7 @@ def compile_layers(run: Run) -> None:
     # Next to nothing: all but a layer's input is, as checkpointing would do with twice the calls.
     torch._functorch.config.activation_memory_budget = 1e-3 if run.args.gradient_checkpointing else 0.5
     TokenCrossEntropy.compile()
-    for layer in run.probe.layers[:-1]:
-        layer.gradient_checkpointing = False
+    for layer in run.probe.layers:
         layer.compile(dynamic=True)
 
 

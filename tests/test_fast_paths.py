@@ -64,9 +64,9 @@ def test_packed_rows_train_and_select_as_padded_ones_do(tmp_path, flags):
     same(steps(one_run(tmp_path, "--packing", *flags)), steps(one_run(tmp_path, *flags)))
 
 
-@pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
-def test_compiled_layers_train_and_select_as_plain_ones_do_without_endless_recompiling(tmp_path, checkpointing):
-    flags = ("--probe", "grad", checkpointing)
+@pytest.mark.parametrize("probe, checkpointing", [("spsa", "--gradient_checkpointing"), ("grad", "--no-packing")])
+def test_compiled_layers_train_and_select_as_plain_ones_do_without_endless_recompiling(tmp_path, probe, checkpointing):
+    flags = ("--probe", probe, checkpointing)
     plain = steps(one_run(tmp_path, *flags))
     torch._dynamo.reset()
     counters.clear()
