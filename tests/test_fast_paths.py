@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
-import torch._inductor.config as inductor_config
 from torch._dynamo.utils import counters
 
 import train_colm
-from colm_core import TokenCrossEntropy
 
 POOLS = 3
 
@@ -25,17 +22,6 @@ def one_run(tmp_path, *flags: str) -> train_colm.Run:
             if "lora_B" in name:
                 p.normal_(std=0.02)
     return train_colm.build_run(args, accelerator, tokenizer, model, train, None, keep)
-
-
-@pytest.fixture(autouse=True)
-def eager_again():
-    """What --compile sets for the whole process."""
-    before = {k: vars(TokenCrossEntropy)[k] for k in ("chunk", "log_sum_exp", "scaled_softmax_")}
-    yield
-    functorch_config.activation_memory_budget = 1.0
-    inductor_config.joint_custom_post_pass = None
-    for name, value in before.items():
-        setattr(TokenCrossEntropy, name, value)
 
 
 def steps(run: train_colm.Run) -> list[tuple]:

@@ -273,6 +273,15 @@ def test_compiling_changes_nothing(one_process, flags, tmp_path):
     assert_close(tmp_path, one_process / "spsa")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+def test_compiling_under_fsdp2_changes_nothing(one_process, flags, tmp_path):
+    run = flags(tmp_path / "run", "--lora_dropout 0 --compile", RUNS["grad"])
+    (tmp_path / "runs.json").write_text(json.dumps([(run, None)]))
+    done = torchrun(__file__, "fsdp", str(tmp_path / "runs.json"), timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(tmp_path / "run", one_process / "grad")
+
+
 def test_dropout_is_redrawn_at_each_step_and_repeats_with_the_seed(whole, flags, tmp_path):
     assert train(flags(tmp_path / "again", DROPOUT)) == 0
     assert_identical(tmp_path / "again", whole)
