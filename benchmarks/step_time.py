@@ -129,11 +129,11 @@ def matrix_rate(device) -> float:
 
 
 def warm_up(run: train_colm.Run) -> None:
-    """Every packed size once, forward and backward: the first use of a size chooses kernels and grows memory pools."""
+    """Packed sizes up to the largest, forward and backward: kernels are chosen, memory pools grow."""
     if not run.args.packing:
         return
     budget = run.args.max_tokens_per_micro_batch
-    for size in range(256, 2 * budget + 1, 128):
+    for size in range(512, 2 * budget + 1, 512):
         ids = torch.arange(size, dtype=torch.int32)
         batch = pack([(part, len(part) // 2) for part in ids.split(256)], run.args.max_length).to(run.device)
         training = size <= budget
