@@ -1351,6 +1351,14 @@ def cli(argv: list[str]) -> None:
     """Run, and turn what the user can mend into one line and exit code 2."""
     try:
         main(argv)
+    except torch.OutOfMemoryError:  # of this process, whichever it is
+        size = f"--max_tokens_per_micro_batch {parse_args(argv).max_tokens_per_micro_batch}"
+        print(
+            f"error: {size} takes more memory than the GPU has free: lower it, or add --gradient_checkpointing or "
+            "--compile, then go on from the last checkpoint with --resume auto",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (UserError, OSError, RuntimeError) as error:
         full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if not (isinstance(error, UserError) or full_disk or "--no-packing" in str(error)):

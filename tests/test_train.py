@@ -686,6 +686,11 @@ def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
+def test_running_out_of_gpu_memory_is_told_in_one_line(flags, refused, tmp_path):
+    with mock.patch.object(train_colm, "train_on", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+        refused(flags(tmp_path), "--max_tokens_per_micro_batch 600", "lower it", "--resume auto")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path):
     original = train_colm.train_on
 
