@@ -205,6 +205,11 @@ class PoolGradients:
         stored = sum(block.nbytes for block in self.blocks)
         self.blocks.append(rows if stored + rows.nbytes <= self.device_bytes else rows.cpu())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        stored = self.blocks if self.derivatives is None else [self.derivatives]
+        return stored[0].dtype if stored else torch.float32
+
     def chunks(self, device):
         """Yield (slice of examples, their gradients [chunk, D] on `device`) in order."""
         size, start = max(1, self.CHUNK // self.dims), 0
@@ -219,7 +224,7 @@ class PoolGradients:
 
     def sums(self, mask: Tensor, device) -> tuple[Tensor, Tensor]:
         """Sum of g and of g^2 over the examples in `mask` [n], each [D]: what AdamMoments.update_from_sums adds up."""
-        total = torch.zeros(2, self.dims, device=device)
+        total = torch.zeros(2, self.dims, dtype=self.dtype, device=device)
         for rows, g in self.chunks(device):
             g = g.masked_fill(~mask[rows].to(device, non_blocking=True)[:, None], 0)
             total += torch.stack([g.sum(0), g.square().sum(0)])
@@ -241,7 +246,7 @@ def sparse_features(
     that is not finite counts for nothing in the choice of coordinates and stays not finite.
     """
     sources = sources.to(device, non_blocking=True)
-    sums = torch.zeros(num_sources, gradients.dims, device=device)
+    sums = torch.zeros(num_sources, gradients.dims, dtype=gradients.dtype, device=device)
     broken = torch.zeros(len(sources), 1, dtype=torch.bool, device=device)
     for rows, g in gradients.chunks(device):
         f = moments.normalize(g)  # [chunk, D]
@@ -517,15 +522,15 @@ def mean_hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
 class TokenCrossEntropy(torch.autograd.Function):
     """Cross-entropy of every token, logits [M, V] and targets [M] -> [M], at least float32.
 
-    Works `chunk` rows at a time, so no float32 copy of the logits is ever whole, and backward writes the gradient over
-    the logits: it runs once.
+    Works `chunk` rows at a time, so no float32 copy of the logits is ever whole. Backward writes the gradient over the
+    logits, so it runs once, and whatever made the logits must not need them again (a bare tanh would, and fails aloud).
     """
 
     chunk = 512
 
     @classmethod
     def compile(cls) -> None:
-        """One kernel instead of a pass for each operation; nothing is copied, so no chunks are needed."""
+        """For this process: one kernel instead of a pass for each operation, without copies and so without chunks."""
         cls.chunk = 1 << 30
         cls.log_sum_exp, cls.scaled_softmax_ = map(torch.compile, (cls.log_sum_exp, cls.scaled_softmax_))
 

@@ -724,7 +724,7 @@ def cluster_rows(run: Run, step: int) -> None:
     """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
     run.mode(training=False)
     features, mine = [], []
-    batches = run.micro_batches(run.train, list(range(len(run.train))), 2 * run.args.max_tokens_per_micro_batch)
+    batches = run.micro_batches(run.train, list(range(len(run.train))), probe_budget(run.args))
     for items, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
         with run.accelerator.autocast():
             features.append(mean_hidden_states(run.inner, batch)[: len(items)])
@@ -742,7 +742,7 @@ def use_clusters(run: Run, clusters: Tensor) -> None:
 
 
 def probe_budget(args) -> int:
-    """Tokens of a probing micro-batch: no graph is kept below the last layer."""
+    """Tokens of a micro-batch without backward: twice as many, unless memory is short."""
     return args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)
 
 
@@ -801,7 +801,7 @@ def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
     """Clip, step the optimizer and the probe's history; returns the norm, None where it or the loss is not finite."""
     norm = run.clip()
     finite = torch.stack([loss, norm]).isfinite().all()
-    run.optimizer.found_inf = (~finite).float()  # then fused AdamW leaves weights and state as they are
+    run.optimizer.found_inf = (~finite).float()  # if 1, fused AdamW changes neither weights nor moments
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if not finite:  # the first wait for the device since the selection
@@ -1188,7 +1188,7 @@ def compile_layers(run: Run) -> None:
     class SameDropout(CustomGraphPass):
         """Backward may compute a dropout mask again, but must not draw it anew: seeds are saved.
 
-        With a memory budget PyTorch (2.13) does draw anew, and gradients are wrong without a word.
+        With a memory budget PyTorch does draw anew (seen in 2.13), and gradients are wrong without a word.
         """
 
         def __call__(self, graph):

@@ -97,7 +97,7 @@ def mean_losses(c: Candidates) -> Tensor:
     """Mean token loss of each row, [n], by a plain forward pass."""
     run, parts, order = c.run, [], []
     run.mode(training=False)
-    for items, batch, _ in run.micro_batches(run.train, c.rows.tolist(), 2 * run.args.max_tokens_per_micro_batch):
+    for items, batch, _ in run.micro_batches(run.train, c.rows.tolist(), train_colm.probe_budget(run.args)):
         with run.accelerator.autocast():
             parts.append(example_losses(run.inner, run.hook, batch)[0])
         order += items

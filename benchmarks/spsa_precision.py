@@ -31,8 +31,9 @@ def main() -> None:
             if "lora_B" in name:
                 p.normal_(std=1e-3)  # as if some steps had been made
     z = train_colm.directions(run.args, run.probe, 0, run.device)
-    budget = 2 * run.args.max_tokens_per_micro_batch
-    batches = [batch for _, batch, _ in run.micro_batches(run.train, list(range(128)), budget)]
+    batches = [
+        batch for _, batch, _ in run.micro_batches(run.train, list(range(128)), train_colm.probe_budget(run.args))
+    ]
 
     def over_pool(probe):
         def losses(batch):

@@ -97,11 +97,11 @@ def make_run(shape: str, args, train_file: str | None = None, tokenizer: str | N
 
 
 def counted(run: train_colm.Run, collective, tensor: torch.Tensor) -> torch.Tensor:
-    """One of CoLM's own collectives, with its time; 0 on one rank, where they do nothing."""
+    """One of CoLM's own collectives, with its time, waiting for slower ranks included; 0 on one rank."""
     if run.ranks == 1:
         return collective(tensor)
     start = time.perf_counter()
-    if run.device.type == "cuda":  # the wait is for work that the collective would wait for as well
+    if run.device.type == "cuda":  # earlier work of this rank is not counted
         torch.cuda.synchronize()
         start = time.perf_counter()
     result = collective(tensor)
@@ -133,7 +133,7 @@ def warm_up(run: train_colm.Run) -> None:
     if not run.args.packing:
         return
     budget = run.args.max_tokens_per_micro_batch
-    for size in range(512, 2 * budget + 1, 512):
+    for size in range(512, train_colm.probe_budget(run.args) + 1, 512):
         ids = torch.arange(size, dtype=torch.int32)
         batch = pack([(part, len(part) // 2) for part in ids.split(256)], run.args.max_length).to(run.device)
         training = size <= budget

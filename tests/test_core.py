@@ -315,6 +315,15 @@ def test_chunked_features_match_the_twin_and_the_direct_formula(monkeypatch, n, 
             assert torch.equal(features[sources == q], sparsify(rows, h))
 
 
+def test_features_of_float64_gradients_are_float64():
+    g, sources, moments = pool_case(53, 23)
+    wide = AdamMoments(moments.betas)
+    wide.update(normal(5, 23, seed=8).double())
+    features = features_of(stored(g.double(), 20, 33), sources, wide, 5)
+    assert features.dtype == torch.float64
+    close(features, features_of(stored(g, 20, 33), sources, moments, 5), tolerance=1e-5)
+
+
 @pytest.mark.parametrize("directions", [1, 3])
 def test_derivatives_stand_for_explicit_gradients(monkeypatch, directions):
     monkeypatch.setattr(PoolGradients, "CHUNK", 5 * 12)
