@@ -764,11 +764,12 @@ def _no_narrowing(dtype: torch.dtype, kind: str):
 @contextmanager
 def _uncompiled(module: nn.Module):
     """Run a module that `module.compile()` compiled as it is written: compiled code ignores hooks that came later."""
-    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    compiled = vars(module).pop("_compiled_call_impl", None)
     try:
         yield
     finally:
-        module._compiled_call_impl = compiled
+        if compiled is not None:
+            module._compiled_call_impl = compiled
 
 
 @contextmanager
