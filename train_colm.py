@@ -39,7 +39,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -119,6 +119,8 @@ def build_parser() -> Parser:
     add("--coreset_size", type=int, default=64, help="K, examples trained on")
     add("--selection", choices=["colm", "random", "random_keep", "full"], default="colm")
     add("--keep_sources", nargs="+", default=["auto"], help="auto (below the mean size), none, or source names")
+    add("--keep_share", type=float, default=1.0, help="1 keeps small sources whole, 0 at their part of the pool")
+    add("--example_weights", choices=[*TOKEN_POWER], default="uniform", help="loss weight by completion tokens")
     add("--cluster_sources", type=int, default=0, help="k-means clusters of hidden states that stand in for sources")
     add("--cluster_warmup", type=int, default=20, help="steps on random coresets before the first clustering")
     add("--cluster_updates", type=int, default=4, help="clusterings after the first, evenly over the rest of the run")
@@ -200,6 +202,10 @@ def check_args(args: argparse.Namespace) -> None:
     for name in at_least_0 + ["cluster_sources", "cluster_warmup", "cluster_updates"]:
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
+    if not 0 <= args.keep_share <= 1:
+        raise UserError(f"--keep_share {args.keep_share} is out of range: give 0 to 1")
+    if args.keep_share < 1 and args.selection not in ("colm", "random_keep"):
+        raise UserError(f"--keep_share has no effect with --selection {args.selection}: drop one")
     for name in ("lora_dropout", "warmup_ratio"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give less than 1")
@@ -372,6 +378,10 @@ class TokenizedRows:
 
     def length(self, i: int) -> int:
         return self.offsets[i + 1] - self.offsets[i]
+
+    def completion_tokens(self, rows: Tensor) -> Tensor:
+        """Supervised tokens of each of `rows`: all but the prompt's, and but a first token without a prompt. [n]"""
+        return torch.tensor([self.length(i) - max(1, self.prompts[i]) for i in rows.tolist()], dtype=torch.float32)
 
     def fingerprint(self) -> str:
         """Equal for equal training data: what a resumed run compares."""
@@ -668,15 +678,42 @@ class Choice:
     """The coreset of one step, as positions in the pool."""
 
     index: Tensor  # [K]
-    weight: Tensor  # [K]
+    weight: Tensor  # [K] of the examples' losses
     kept: Tensor  # positions of the small sources' rows
     probe_tokens: int = 0
     skipped_probes: int = 0
     history: tuple = ()  # sum of g, sum of g^2, count of the selected big-source examples
 
 
+TOKEN_POWER = {"uniform": 0.0, "sqrt": 0.5, "tokens": 1.0}  # --example_weights: a loss weighs its tokens to this power
+
+
 def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
-    """The coreset of one pool: kept examples, then medoids of the others by --selection (Algorithm 1)."""
+    """The coreset of one pool by --selection, and the weights of its losses."""
+    places = candidates(run, pool, step)  # [n <= N]
+    choice = pick_coreset(run, pool[places], step, clock)
+    weight = choice.weight.float() if run.args.medoid_weights == "cluster" else torch.ones(len(choice.index))
+    index = places[choice.index]
+    weight *= run.train.completion_tokens(pool[index]) ** TOKEN_POWER[run.args.example_weights]
+    return replace(choice, index=index, weight=weight, kept=places[choice.kept])
+
+
+def candidates(run: Run, pool: Tensor, step: int) -> Tensor:
+    """Positions in the pool that a coreset may take, [n]: all, unless --keep_share thins the small sources at random.
+
+    A share s leaves ceil(n_s (s + (1 - s) K / N)) of their n_s examples.
+    """
+    args, n = run.args, len(pool)
+    share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, n) / n
+    small = torch.isin(run.train.sources[pool], torch.tensor(sorted(run.keep), dtype=torch.long)).nonzero()[:, 0]
+    shuffled = small[torch.randperm(len(small), generator=generator_of(args.seed, "thin", step))]
+    may = torch.ones(n, dtype=torch.bool)
+    may[shuffled[math.ceil(share * len(small)) :]] = False
+    return may.nonzero()[:, 0]
+
+
+def pick_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
+    """Kept examples, then medoids of the others or a random part of them (Algorithm 1)."""
     args, sources = run.args, run.train.sources[pool]
     k = min(args.coreset_size, len(pool))
     generator = generator_of(args.seed, "pick", step)
@@ -1227,8 +1264,7 @@ def train_loop(run: Run, start: int) -> None:
         clock.mark("select")
 
         rows = pool[choice.index]
-        weights = choice.weight.float() if args.medoid_weights == "cluster" else torch.ones(len(rows))
-        loss = train_on(run, rows, weights, step)
+        loss = train_on(run, rows, choice.weight, step)
         lr = run.scheduler.get_last_lr()[0]
         norm = update(run, choice, loss)
         if norm is None:

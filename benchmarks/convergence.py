@@ -18,7 +18,8 @@ command first trains PREPARE for 600 steps at --prepare_lr, merges the adapter i
   optimizer. The loss before training is then evaluated once.
 * Seconds are those of training steps: no evaluation, diagnostics or warm-up. With --jobs above 1 runs slow each other
   down; so each setting's step is also timed alone (median of --time_steps), and seconds are steps times that. Without
-  that (--time_steps 0), tables have no seconds.
+  that (--time_steps 0), tables have no seconds. --time_flags go to the timing alone: what they change is the time of a
+  step and not, but for rounding, what it computes, as with --compile and --gradient_checkpointing.
   The learning-rate schedule spans --steps; with --seconds T, the steps that a setting makes in T.
 
 Every --match_every steps, with dropout off and over all trained parameters:
@@ -40,7 +41,6 @@ import copy
 import functools
 import gc
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -60,7 +60,8 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 sys.path.insert(1, str(REPO / "benchmarks"))
-from experiments import EXPERIMENTS, completion_tokens  # noqa: E402
+import experiments  # noqa: E402
+from experiments import EXPERIMENTS  # noqa: E402
 
 import train_colm  # noqa: E402
 from colm_core import AdamMoments, example_losses, small_sources  # noqa: E402
@@ -73,12 +74,16 @@ SETTINGS = {  # name: flags of train_colm.py, after those of the command line
     "full-256": "--selection full --pool_size 256",
     "random": "--selection random",
     "random_keep": "--selection random_keep",
+    "random_half": "--selection random_keep --keep_share 0.5",
     "colm-spsa": "--selection colm --probe spsa",
     "colm-spsa-16": "--selection colm --probe spsa --num_directions 16",
     "colm-spsa-run": "--selection colm --probe spsa --direction run",
     "colm-spsa-16-run": "--selection colm --probe spsa --num_directions 16 --direction run",
     "colm-grad": "--selection colm --probe grad",
+    "colm-grad-half": "--selection colm --probe grad --keep_share 0.5",
 }
+for power in ("sqrt", "tokens"):  # full-64-sqrt: as full-64, with --example_weights sqrt
+    SETTINGS |= {f"{k}-{power}": f"{v} --example_weights {power}" for k, v in [*SETTINGS.items()] if k[-4:] != "sqrt"}
 SETTINGS |= {name: "--selection colm --probe grad" for name in EXPERIMENTS}
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 PREPARE = "full-256"
@@ -173,6 +178,7 @@ def load_run(spec: dict) -> train_colm.Run:
 
 
 IN_A_STEP = {"selection", "probe", "num_directions", "direction", "pool_size", "coreset_size", "output_dir"}
+IN_A_STEP |= {"keep_share", "example_weights"}
 
 
 def restarted(run, spec: dict):
@@ -199,17 +205,12 @@ def held_out_loss(run) -> dict:
     return record | {"small_sources": statistics.fmean(small) if small else None}
 
 
-def weights_of(run, spec: dict, choice: Choice) -> torch.Tensor:
-    weighted = run.args.medoid_weights == "cluster" or spec["setting"] in EXPERIMENTS
-    return choice.weight.float() if weighted else torch.ones(len(choice.index))
-
-
 def warm_up(run, spec: dict, choose) -> None:
     """A few steps without an update, so that compiling and choosing kernels are in no one's seconds."""
     for step in range(spec["warm_steps"]):
         pool = train_colm.draw_pool(len(run.train), run.args.pool_size, run.args.seed, step)
         choice = choose(run, pool, step, Clock(run.device))
-        train_colm.train_on(run, getattr(choice, "pool", pool)[choice.index], weights_of(run, spec, choice), step)
+        train_colm.train_on(run, getattr(choice, "pool", pool)[choice.index], choice.weight, step)
         run.optimizer.zero_grad(set_to_none=True)
     run.memory = {}
 
@@ -232,7 +233,7 @@ def measure(run, spec: dict) -> dict:
         pool = train_colm.draw_pool(len(run.train), args.pool_size, args.seed, step)
         choice = choose(run, pool, step, clock)
         pool = getattr(choice, "pool", pool)
-        rows, weights = pool[choice.index], weights_of(run, spec, choice)
+        rows, weights = pool[choice.index], choice.weight
         clock.mark("select")
         if spec["match_every"] and step % spec["match_every"] == 0:
             diagnosis = Clock(run.device)
@@ -247,7 +248,7 @@ def measure(run, spec: dict) -> dict:
         record = clock.read()
         totals["seconds"] += record["step_s"] - aside
         totals["tokens"] += sum(map(run.train.length, rows.tolist()))
-        totals["completion_tokens"] += int(completion_tokens(run.train, rows).sum())
+        totals["completion_tokens"] += int(run.train.completion_tokens(rows).sum())
         totals["probe_tokens"] += choice.probe_tokens
         result["peak_gb"] = max(result["peak_gb"], 0.0 if aside else record["peak_gb"])
         values = {"loss": loss.item(), "step_s": record["step_s"] - aside, "kept": len(choice.kept)}
@@ -374,7 +375,7 @@ def make_spec(own, model, flags, setting, k, seed, steps, data: Path, work: Path
     spec = {"kind": "run", "setting": setting, "label": f"{setting}@{k}" if k else setting, "seed": seed}
     spec |= {"coreset_size": size, "eval_every": own.eval_every, "match_every": own.match_every}
     spec |= {"random_coresets": own.random_coresets, "warm_steps": own.warm_steps, "merge_into": None} | more
-    source = Path(inspect.getfile(completion_tokens)).read_text() if setting in EXPERIMENTS else ""
+    source = Path(experiments.__file__).read_text() if setting in EXPERIMENTS else ""
     spec["digest"] = sha(spec, argv, model_digest(model), data.stem, source)
     name = f"{spec['kind']}-{spec['label']}-s{seed}-{spec['digest']}"
     argv += ["--output_dir", str(work / "scratch" / name), *(["--model", model] if model else [])]
@@ -484,7 +485,7 @@ def loss_table(groups: dict[str, list[dict]], axis: str, where: float, sort: lis
     shown = COSTS if axis == "step" else ["step"]
     costs = {key: COSTS[key] for key in shown if timed or key != "seconds"}
     values = {label: {k: [at(r, k, axis, where) for r in runs] for k in COLUMNS} for label, runs in groups.items()}
-    full = sorted((label for label in groups if label.startswith("full-")), key=lambda label: int(label[5:]))
+    full = sorted((label for label in groups if re.fullmatch(r"full-\d+", label)), key=lambda label: int(label[5:]))
     gaps = {}
     for key in MEASURES.values() if len(full) > 1 else ():
         low, high = values[full[0]][key], values[full[-1]][key]
@@ -538,7 +539,8 @@ def tables(runs: list[dict], axes=("step", "seconds"), sort=()) -> str:
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(run["label"], []).append(run)
-    ends = {axis: min(run["eval"][-1][axis] for run in runs) for axis in axes}
+    end = min if "step" in axes else max  # after --seconds T every run ends less than a step before T
+    ends = {axis: end(run["eval"][-1][axis] for run in runs) for axis in axes}
     parts = [loss_table(groups, axis, end, sort, "seconds" in axes) for axis, end in ends.items()]
     return "\n".join(filter(None, [*parts, match_table(groups)]))
 
@@ -567,6 +569,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prepare_lr", type=float, default=1e-3)
     add("--jobs", type=int, default=1, help="runs at once; each holds a model of its own in memory")
     add("--time_steps", type=int, default=12, help="steps that time a setting alone, when --jobs is above 1")
+    add("--time_flags", default="", help='flags of train_colm.py for that timing alone, such as "--compile"')
     add("--warm_steps", type=int, default=3, help="steps before a run that only warm it up")
     add("--stop_after", type=float, default=math.inf, help="start no run after so many seconds")
     add("--work", default="colm_output/convergence", help="folder of finished runs and tokenised rows")
@@ -619,7 +622,8 @@ def main(argv: list[str]) -> int:
     step_s, problems = {}, []
     if own.time_steps and (own.jobs > 1 or own.seconds):
         more = {"kind": "time", "eval_every": 0, "match_every": 0}
-        timed = [build(model, flags, name, k, 0, own.time_steps, **more) for name, k in cells]
+        more_flags = [*flags, *own.time_flags.split()]
+        timed = [build(model, more_flags, name, k, 0, own.time_steps, **more) for name, k in cells]
         problems += run_all(timed, 1, deadline)
         step_s = {run["label"]: statistics.median(run["step_s"]) for run in read_runs(timed)}
     specs = []
@@ -628,7 +632,7 @@ def main(argv: list[str]) -> int:
             label, steps = f"{name}@{k}" if k else name, own.steps
             if own.seconds and label not in step_s:
                 continue
-            steps = max(1, round(own.seconds / step_s[label])) if own.seconds else own.steps
+            steps = max(1, int(own.seconds / step_s[label])) if own.seconds else own.steps
             specs.append(build(model, flags, name, k, seed, steps))
     problems += run_all(specs, own.jobs, deadline)
     runs = read_runs(specs)

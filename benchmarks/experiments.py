@@ -29,11 +29,6 @@ import train_colm  # noqa: E402
 from colm_core import allocate_budget, example_losses  # noqa: E402
 
 
-def completion_tokens(data: train_colm.TokenizedRows, rows: Tensor) -> Tensor:
-    """Supervised tokens of each row, [n]."""
-    return torch.tensor([data.length(i) - max(1, data.prompts[i]) for i in rows.tolist()], dtype=torch.float32)
-
-
 @dataclass
 class Candidates:
     """What a selection may pick from at one step."""
@@ -44,7 +39,7 @@ class Candidates:
 
     @property
     def tokens(self) -> Tensor:
-        return completion_tokens(self.run.train, self.rows)
+        return self.run.train.completion_tokens(self.rows)
 
     @property
     def sources(self) -> Tensor:
@@ -327,7 +322,7 @@ def selection(signal, pick=largest, keep=False, power=0.0):
             if not len(index):  # no probe is finite: the loss will tell whether training can go on
                 index, weights = whole.random("no probe").argsort()[:k], torch.ones(k)
             choice = train_colm.Choice(index, weights, kept, tokens, len(others) - len(finite))
-        choice.weight = choice.weight * completion_tokens(run.train, pool[choice.index]) ** power
+        choice.weight = choice.weight * run.train.completion_tokens(pool[choice.index]) ** power
         return choice
 
     return choose
