@@ -91,3 +91,47 @@ def test_switching_the_mode_is_what_train_does(tmp_path):
     for training in (True, False):
         run.mode(training)
         assert {module.training for module in run.model.modules()} == {training}
+
+
+@pytest.mark.parametrize("weights, power", [("uniform", 0), ("sqrt", 0.5), ("tokens", 1)])
+def test_example_weights_train_on_the_weighted_mean_of_the_losses(tmp_path, weights, power):
+    run = one_run(tmp_path, "--selection", "random_keep", "--example_weights", weights)
+    pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0)
+    choice = train_colm.choose_coreset(run, pool, 0, train_colm.Clock(run.device))
+    rows = pool[choice.index].tolist()
+    run.mode(training=False)
+    losses, tokens = [], []
+    for row in rows:  # one row at a time, from the model's own logits
+        ids, prompt = run.train.example(row)
+        with torch.no_grad():
+            logits = run.inner(ids.long()[None]).logits[0, :-1].double()
+        start = max(1, prompt)
+        losses.append(torch.nn.functional.cross_entropy(logits[start - 1 :], ids.long()[start:]).item())
+        tokens.append(len(ids) - start)
+    expected = sum(n**power * loss for n, loss in zip(tokens, losses, strict=True)) / sum(n**power for n in tokens)
+    loss = train_colm.train_on(run, pool[choice.index], choice.weight, 0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert len(set(tokens)) > 1
+
+
+@pytest.mark.parametrize("selection", ["random_keep", "colm"])
+def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_path, selection):
+    counts = {}
+    for share in ("0", "0.5", "1"):
+        run = one_run(tmp_path, "--selection", selection, "--probe", "grad", "--keep_share", share)
+        pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 3)
+        choice = train_colm.choose_coreset(run, pool, 3, train_colm.Clock(run.device))
+        assert len(set(choice.index.tolist())) == len(choice.index) == run.args.coreset_size
+        small = {i for i, q in enumerate(run.train.sources[pool].tolist()) if q in run.keep}
+        assert set(choice.kept.tolist()) == small & set(choice.index.tolist())
+        n, k, s = len(pool), run.args.coreset_size, float(share)
+        assert len(choice.kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
+        counts[share] = len(choice.kept)
+    assert counts["0"] < counts["0.5"] < counts["1"] == len(small)
+
+
+def test_keep_share_of_nothing_to_share_is_refused(tmp_path):
+    with pytest.raises(train_colm.UserError, match="--keep_share 1.5 is out of range: give 0 to 1"):
+        train_colm.parse_args(["--keep_share", "1.5"])
+    with pytest.raises(train_colm.UserError, match="--keep_share has no effect with --selection random: drop one"):
+        train_colm.parse_args(["--keep_share", "0.5", "--selection", "random"])
