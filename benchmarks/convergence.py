@@ -65,7 +65,7 @@ from experiments import EXPERIMENTS  # noqa: E402
 
 import train_colm  # noqa: E402
 from colm_core import AdamMoments, example_losses, small_sources  # noqa: E402
-from train_colm import Choice, Clock, TokenizedRows, UserError, generator_of  # noqa: E402
+from train_colm import Clock, TokenizedRows, UserError, generator_of  # noqa: E402
 
 SETTINGS = {  # name: flags of train_colm.py, after those of the command line
     "full-32": "--selection full --pool_size 32",
