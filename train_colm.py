@@ -601,7 +601,7 @@ class Run:
     tokenizer: object
     train: TokenizedRows
     evaluation: TokenizedRows | None
-    keep: set[int]  # ids of the sources kept whole
+    keep: set[int]  # ids of the small sources: kept whole, or by --keep_share
     model: torch.nn.Module  # as prepared: what training calls
     optimizer: torch.optim.Optimizer
     scheduler: object
@@ -694,8 +694,12 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     choice = pick_coreset(run, pool[places], step, clock)
     weight = choice.weight.float() if run.args.medoid_weights == "cluster" else torch.ones(len(choice.index))
     index = places[choice.index]
-    weight *= run.train.completion_tokens(pool[index]) ** TOKEN_POWER[run.args.example_weights]
-    return replace(choice, index=index, weight=weight, kept=places[choice.kept])
+    return replace(choice, index=index, weight=weight * token_weights(run, pool[index]), kept=places[choice.kept])
+
+
+def token_weights(run: Run, rows: Tensor) -> Tensor:
+    """Weights of the losses of dataset `rows` by --example_weights, [n]."""
+    return run.train.completion_tokens(rows) ** TOKEN_POWER[run.args.example_weights]
 
 
 def candidates(run: Run, pool: Tensor, step: int) -> Tensor:
@@ -1309,6 +1313,10 @@ def log_evaluation(run: Run, step: int) -> None:
         run.accelerator.log(flat | {f"eval_loss/{k}": v for k, v in record["eval_loss_of"].items()}, step=step)
 
 
+def kept_how(args) -> str:
+    return "kept whole" if args.keep_share == 1 else "kept in part"
+
+
 def summary(run: Run, final: Path) -> str:
     """What a reader wants to know at the end of a run."""
     folder, data = Path(run.args.output_dir), run.train
@@ -1331,7 +1339,7 @@ def summary(run: Run, final: Path) -> str:
         lines += ["sources as clustered last:"]
     lines += [f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}"]
     for q, name in enumerate(data.names):
-        small = "  (kept whole)" if q in run.keep else ""
+        small = f"  ({kept_how(run.args)})" if q in run.keep else ""
         lines += [f"{name[:32]:<32} {sizes[q]:>8} " + " ".join(f"{counts[k][q]:>8}" for k in counts) + small]
     if data.shortened or data.dropped:
         lines += [f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length"]
@@ -1372,8 +1380,9 @@ def main(argv: list[str]) -> None:
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("colm", config=plain)
     small = ", ".join(train.names[q] for q in sorted(keep)) or "none"
-    accelerator.print(f"{len(train)} rows of {len(train.names)} sources; kept whole: {small}")
+    accelerator.print(f"{len(train)} rows of {len(train.names)} sources; {kept_how(args)}: {small}")
     share = sum(torch.bincount(train.sources)[sorted(keep)].tolist()) / len(train)
+    share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size
     if args.selection in ("colm", "random_keep") and share * args.pool_size > args.coreset_size:
         accelerator.print(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
     train_loop(run, start)

@@ -82,9 +82,9 @@ SETTINGS = {  # name: flags of train_colm.py, after those of the command line
     "colm-grad": "--selection colm --probe grad",
     "colm-grad-half": "--selection colm --probe grad --keep_share 0.5",
 }
+SETTINGS |= {name: "--selection colm --probe grad" for name in EXPERIMENTS}
 for power in ("sqrt", "tokens"):  # full-64-sqrt: as full-64, with --example_weights sqrt
     SETTINGS |= {f"{k}-{power}": f"{v} --example_weights {power}" for k, v in [*SETTINGS.items()] if k[-4:] != "sqrt"}
-SETTINGS |= {name: "--selection colm --probe grad" for name in EXPERIMENTS}
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 PREPARE = "full-256"
 MEASURES = {"mean over sources": "eval_loss_source_mean", "per token": "eval_loss_per_token"}
@@ -220,7 +220,7 @@ def measure(run, spec: dict) -> dict:
     args = run.args
     if args.pool_size > len(run.train):
         raise UserError(f"--pool_size {args.pool_size} exceeds the {len(run.train)} training rows: lower it")
-    choose = EXPERIMENTS.get(spec["setting"], train_colm.choose_coreset)
+    choose = EXPERIMENTS.get(unweighted(spec["setting"]), train_colm.choose_coreset)
     warm_up(run, spec, choose)
     totals = {"seconds": 0.0, "tokens": 0, "completion_tokens": 0, "probe_tokens": 0}
     result = {name: [] for name in ("eval", "match", "loss", "step_s", "kept", "small", "selected")} | {"peak_gb": 0.0}
@@ -307,6 +307,10 @@ def worker() -> None:
 # ---------------------------------------------------------------------------------------------------- data and plan
 
 
+def unweighted(setting: str) -> str:
+    return setting.removesuffix("-sqrt").removesuffix("-tokens")
+
+
 def sha(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
@@ -375,7 +379,7 @@ def make_spec(own, model, flags, setting, k, seed, steps, data: Path, work: Path
     spec = {"kind": "run", "setting": setting, "label": f"{setting}@{k}" if k else setting, "seed": seed}
     spec |= {"coreset_size": size, "eval_every": own.eval_every, "match_every": own.match_every}
     spec |= {"random_coresets": own.random_coresets, "warm_steps": own.warm_steps, "merge_into": None} | more
-    source = Path(experiments.__file__).read_text() if setting in EXPERIMENTS else ""
+    source = Path(experiments.__file__).read_text() if unweighted(setting) in EXPERIMENTS else ""
     spec["digest"] = sha(spec, argv, model_digest(model), data.stem, source)
     name = f"{spec['kind']}-{spec['label']}-s{seed}-{spec['digest']}"
     argv += ["--output_dir", str(work / "scratch" / name), *(["--model", model] if model else [])]
@@ -553,9 +557,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="folder or hub id; without it the trainer's tiny random model")
     add("--train_file", help="rows to train and evaluate on; without it the trainer's generated mixture")
-    basic = ", ".join(name for name in SETTINGS if name not in EXPERIMENTS)
+    basic = ", ".join(name for name in SETTINGS if unweighted(name) == name not in EXPERIMENTS)
     add("--settings", nargs="+", metavar="NAME", default=["full-64", "full-128", "random", "random_keep"])
-    parser.epilog = f"settings: {basic}, and those of experiments.py, such as norms, keep+sumnorms, half+longest"
+    parser.epilog = (
+        f"settings: {basic}, those of experiments.py, such as norms, keep+sumnorms, and all with -sqrt or -tokens"
+    )
     add("--coreset_sizes", nargs="+", type=int, default=[64])
     add("--seeds", nargs="+", type=int, default=[0])
     add("--steps", type=int, default=240)

@@ -2,13 +2,11 @@
 
 EXPERIMENTS maps a setting's name to function(run, pool, step, clock) -> train_colm.Choice, called in place of
 train_colm.choose_coreset. The weights of the choice are trained with; `run.memory` is a dict for what a selection keeps
-between steps. A name is [structure+]score[-by-tokens or -by-sqrt], such as norms, keep+sumnorms, half+longest-by-sqrt:
+between steps. A name is [structure+]score, such as norms, keep+sumnorms, half+longest:
 
 * SCORES say how much a row is wanted, from its exact gradient of the last V projection (--probe grad, the price of a
   forward pass), from its loss (the same price) or from its length (nothing).
 * STRUCTURES say how the small sources fare when the rows with the largest scores are taken.
-* With -by-tokens and -by-sqrt, a row trained on weighs as many as its completion tokens, or their root: by tokens, the
-  loss trained on is the loss per token, and the noise of the gradient is least if all tokens are equally noisy.
 
 JOINT selections weigh rows against each other instead; [keep+] keeps the small sources whole.
 """
@@ -297,33 +295,31 @@ def error_feedback(c, g, k, decay=0.9):
 FREE = (token_counts, at_random)  # need no pass of the model
 
 
-def selection(signal, pick=largest, keep=False, power=0.0):
-    """choose(run, pool, step, clock): what `pick` makes of `signal`, after the small sources if they are kept; weights,
-    relative to a kept row's 1, times (completion tokens)^power."""
+def selection(signal, pick=largest, keep=False):
+    """choose(run, pool, step, clock): what `pick` makes of `signal`, after the small sources if they are kept; weights
+    relative to a kept row's 1, times those of --example_weights."""
 
     def choose(run, pool, step, clock) -> train_colm.Choice:
         k, whole = min(run.args.coreset_size, len(pool)), Candidates(run, pool, step)
         is_kept = whole.small & keep
         kept, others = is_kept.nonzero()[:, 0], (~is_kept).nonzero()[:, 0]
         if len(kept) >= k:  # draws from the kept rows, without a probe
-            choice = train_colm.choose_coreset(run, pool, step, clock)
-        else:
-            c = replace(whole, rows=pool[others])
-            signals = signal(c)
-            tokens = 0
-            if signal not in FREE:
-                clock.mark("probe")
-                tokens = sum(map(run.train.length, c.rows.tolist()))
-            finite = signals.reshape(len(signals), -1).isfinite().all(1).nonzero()[:, 0]
-            c.rows, room = c.rows[finite.cpu()], min(k - len(kept), len(finite))
-            rows, weights = pick(c, signals[finite], room) if room else (finite, torch.ones(0))
-            index = torch.cat([kept, others[finite.cpu()[rows.cpu()]]])
-            weights = torch.cat([torch.ones(len(kept)), weights.float().cpu()])
-            if not len(index):  # no probe is finite: the loss will tell whether training can go on
-                index, weights = whole.random("no probe").argsort()[:k], torch.ones(k)
-            choice = train_colm.Choice(index, weights, kept, tokens, len(others) - len(finite))
-        choice.weight = choice.weight * run.train.completion_tokens(pool[choice.index]) ** power
-        return choice
+            return train_colm.choose_coreset(run, pool, step, clock)
+        c = replace(whole, rows=pool[others])
+        signals = signal(c)
+        tokens = 0
+        if signal not in FREE:
+            clock.mark("probe")
+            tokens = sum(map(run.train.length, c.rows.tolist()))
+        finite = signals.reshape(len(signals), -1).isfinite().all(1).nonzero()[:, 0]
+        c.rows, room = c.rows[finite.cpu()], min(k - len(kept), len(finite))
+        rows, weights = pick(c, signals[finite], room) if room else (finite, torch.ones(0))
+        index = torch.cat([kept, others[finite.cpu()[rows.cpu()]]])
+        weights = torch.cat([torch.ones(len(kept)), weights.float().cpu()])
+        if not len(index):  # no probe is finite: the loss will tell whether training can go on
+            index, weights = whole.random("no probe").argsort()[:k], torch.ones(k)
+        weights = weights * train_colm.token_weights(run, pool[index])
+        return train_colm.Choice(index, weights, kept, tokens, len(others) - len(finite))
 
     return choose
 
@@ -350,7 +346,8 @@ def leftover(keep=False, decay=0.9):
         order = score.argsort(descending=True, stable=True)  # kept ones first
         run.memory["left"] = c.rows[order[k : k + n]], score[order[k : k + n]]
         tokens = sum(map(run.train.length, pool[probed].tolist()))
-        return WiderChoice(order[:k], torch.ones(k), is_kept.nonzero()[:, 0], tokens, pool=c.rows)
+        weights = train_colm.token_weights(run, c.rows[order[:k]])
+        return WiderChoice(order[:k], weights, is_kept.nonzero()[:, 0], tokens, pool=c.rows)
 
     return choose
 
@@ -383,7 +380,6 @@ STRUCTURES = {  # name: (pick, are small sources kept whole?)
     "keep+trim+": (trim, True),
 }
 KEEP = (False, True)
-WEIGHTS = {"": 0.0, "-by-sqrt": 0.5, "-by-tokens": 1.0}
 JOINT = {
     "omp": (last_v_gradients, omp),
     "omp-flat": (last_v_gradients, omp_flat),
@@ -394,10 +390,9 @@ JOINT = {
     "oracle": (lora_gradients, omp),
 }
 EXPERIMENTS = {
-    structure + score + by: selection(signal, pick, keep, power)
+    structure + score: selection(signal, pick, keep)
     for structure, (pick, keep) in STRUCTURES.items()
     for score, signal in SCORES.items()
-    for by, power in WEIGHTS.items()
 }
 del EXPERIMENTS["random"]  # is the trainer's own
 EXPERIMENTS |= {"keep+" * keep + name: selection(*parts, keep) for name, parts in JOINT.items() for keep in KEEP}

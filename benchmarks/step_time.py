@@ -153,7 +153,7 @@ def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> d
     choice = train_colm.choose_coreset(run, pool[:size], step, clock)
     clock.mark("select")
     rows = pool[:size][choice.index]
-    loss = train_colm.train_on(run, rows, torch.ones(len(rows)), step)
+    loss = train_colm.train_on(run, rows, choice.weight, step)
     clock.mark("train")
     train_colm.update(run, choice, loss)
     clock.mark("optimizer")

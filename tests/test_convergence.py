@@ -19,7 +19,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFF
 import convergence  # noqa: E402
 import experiments  # noqa: E402
 import plot_convergence  # noqa: E402
-from experiments import JOINT, SCORES, STRUCTURES, WEIGHTS, Candidates  # noqa: E402
+from experiments import JOINT, SCORES, STRUCTURES, Candidates  # noqa: E402
 
 import train_colm  # noqa: E402
 
@@ -250,10 +250,11 @@ def test_experiments(trained_run, monkeypatch, name):
         assert ("probe" in [mark[0] for mark in clock.marks]) == (not free)
 
 
-def test_weights_by_tokens(trained_run):
+def test_weights_by_tokens(trained_run, monkeypatch):
     run, pool = trained_run
-    for by, power in WEIGHTS.items():
-        choice = convergence.EXPERIMENTS[f"soft+norms{by}"](run, pool, 3, train_colm.Clock(run.device))
+    for name, power in train_colm.TOKEN_POWER.items():
+        monkeypatch.setattr(run.args, "example_weights", name)
+        choice = convergence.EXPERIMENTS["soft+norms"](run, pool, 3, train_colm.Clock(run.device))
         base = torch.ones(12)
         base[len(choice.kept) :] = ((16 - len(choice.kept)) / (12 - len(choice.kept))) ** 0.5
         torch.testing.assert_close(choice.weight, base * Candidates(run, pool[choice.index]).tokens ** power)
@@ -408,7 +409,7 @@ def test_tables():
     assert [text.index(f"| {label} |") for label in ("full-256", "random@64", "full-64")] == sorted(
         text.index(f"| {label} |") for label in ("full-256", "random@64", "full-64")
     )
-    many = [run_json(f"keep+adam+sumnorms-by-sqrt{i}@64", 0, (3, 1.5), 2) for i in range(40)]
+    many = [run_json(f"keep+adam+sumnorms-sqrt{i}@64", 0, (3, 1.5), 2) for i in range(40)]
     assert len(convergence.tables([*runs, *many], ["step"])) < 7000
     assert len(convergence.tables([*runs, *many])) < 12000
 
@@ -448,6 +449,7 @@ def test_a_whole_command(work, capsys, monkeypatch):
     output = work / "results.json"
     command = f"{FLAGS} --held_out 40 --steps 2 --eval_every 1 --match_every 1 --random_coresets 1 --warm_steps 1"
     command += f" --jobs 2 --time_steps 2 --coreset_sizes 12 --prepare 3 --work {work} --output {output}"
+    command += " --time_flags=--gradient_checkpointing"
     command = [*command.split(), "--settings", "keep+feedback", "random_keep"]
     with monkeypatch.context() as patch:
         patch.setattr(convergence.subprocess, "Popen", InProcess)
@@ -456,6 +458,9 @@ def test_a_whole_command(work, capsys, monkeypatch):
     run, other = result["runs"]
     assert run["label"] == "keep+feedback@12" and len(run["match"]) == 2 and other["label"] == "random_keep@12"
     assert run["eval"][-1]["seconds"] == 2 * result["step_s_alone"]["keep+feedback@12"]
+    timed = [json.loads(path.read_text()) for path in work.glob("time-*.json")]
+    assert timed and all("--gradient_checkpointing" in one["argv"] for one in timed)
+    assert not any("--gradient_checkpointing" in one["argv"] for one in result["runs"])
     assert all("random@12 seed 0" in problem and "nothing" in problem for problem in result["problems"])
     assert len(result["problems"]) == 2 and result["tables"] in capsys.readouterr().out
     # the merged model is the one that preparation ended with
