@@ -97,18 +97,27 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
     similarity = similarity.detach().double()
-    index = torch.zeros(k, dtype=torch.long, device=similarity.device)
     if not k:
-        return index, index
-    tie = TIE * n * (similarity.abs().max() if scale is None else scale.to(similarity))
-    best, picked = similarity.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=similarity.device)
-    for step in range(k):
-        gain = (similarity - best[:, None]).clamp_(min=0).sum(0)  # [n], what each candidate would add
-        gain.masked_fill_(picked, -1)
-        index[step] = chosen = (gain >= gain.max() - tie).int().argmax()
-        picked.index_fill_(0, chosen, True)
-        best = torch.maximum(best, similarity.index_select(1, chosen[None])[:, 0])
+        return (torch.zeros(0, dtype=torch.long, device=similarity.device),) * 2
+    scale = similarity.abs().max() if scale is None else scale.to(similarity)
+    index = greedy_picks(similarity[None], k, TIE * n * scale.view(1, 1))[0]
     return index, cluster_sizes(similarity, index)
+
+
+def greedy_picks(similarity: Tensor, k: int, tie: Tensor) -> Tensor:
+    """What `facility_location` picks in S sets of rows at once: float64 [S, N, N] and `tie` [S, 1] -> [S, k].
+
+    Smaller sets are filled up with similarities of 0: they add nothing, and come after the rows that they tie with.
+    """
+    best = similarity.new_zeros(similarity.shape[:2])  # [S, N], how well each row is served
+    picked, index = torch.zeros_like(best, dtype=torch.bool), [best[:, :0].long()]
+    for _ in range(k):
+        gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, N], what each candidate would add
+        gain.masked_fill_(picked, -1)
+        index.append((gain >= gain.amax(1, keepdim=True) - tie).int().argmax(1, keepdim=True))  # [S, 1]
+        picked.scatter_(1, index[-1], True)
+        best = torch.maximum(best, similarity.take_along_dim(index[-1][:, None], 2)[:, :, 0])
+    return torch.cat(index, 1)
 
 
 def cluster_sizes(similarity: Tensor, index: Tensor) -> Tensor:
@@ -120,21 +129,27 @@ def cluster_sizes(similarity: Tensor, index: Tensor) -> Tensor:
     return torch.bincount(owner, minlength=len(index))
 
 
-def sparsify(x: Tensor, h: int) -> Tensor:
-    """Keep the h coordinates with the largest |mean over rows|, [N, D] -> [N, min(h, D)] (4.2, Table 4)."""
-    return x if h >= x.shape[1] else x[:, largest_coordinates(x.sum(0, keepdim=True), h)[0]]
+def sparsify(x: Tensor, h: int, own: Tensor | None = None) -> Tensor:
+    """Keep the h coordinates with the largest |mean over rows|, [..., N, D] -> [..., N, min(h, D)] (4.2, Table 4).
+
+    Rows that are not `own` [..., N] count for nothing in the mean.
+    """
+    if h >= x.shape[-1]:
+        return x
+    counted = x if own is None else x.masked_fill(~own[..., None], 0)
+    return x.take_along_dim(largest_coordinates(counted.sum(-2), h)[..., None, :], -1)
 
 
 def largest_coordinates(sums: Tensor, h: int) -> Tensor:
-    """Per source, where the summed features are largest in magnitude, [S, D] -> [S, min(h, D)].
+    """Where the summed features of a source are largest in magnitude, [..., D] -> [..., min(h, D)].
 
     Magnitudes within 1/4096 of the largest are ties, which go to the lowest coordinate: with no history yet all
     features are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 8
     """
-    magnitude, dims = sums.abs(), sums.shape[1]
-    steps = (magnitude * (4096 / magnitude.amax(1, keepdim=True).clamp_min(1e-30))).round().long()
+    magnitude, dims = sums.abs(), sums.shape[-1]
+    steps = (magnitude * (4096 / magnitude.amax(-1, keepdim=True).clamp_min(1e-30))).round().long()
     keys = steps * dims - torch.arange(dims, device=sums.device)  # no two alike
-    return keys.topk(min(h, dims), dim=1).indices
+    return keys.topk(min(h, dims), dim=-1).indices
 
 
 # ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
@@ -202,8 +217,12 @@ class PoolGradients:
 
     def add(self, rows: Tensor) -> None:
         """Append exact gradients [B, D]."""
-        stored = sum(block.nbytes for block in self.blocks)
-        self.blocks.append(rows if stored + rows.nbytes <= self.device_bytes else rows.cpu())
+        if sum(block.nbytes for block in self.blocks) + rows.nbytes > self.device_bytes:
+            self.blocks.append(rows.cpu())
+        elif self.blocks and len(self.blocks[-1]) + len(rows) <= self.CHUNK // self.dims:
+            self.blocks[-1] = torch.cat([self.blocks[-1], rows])  # one chunk's operations instead of two's
+        else:
+            self.blocks.append(rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -344,17 +363,36 @@ def select_coreset(
     usable = ~is_kept & features.isfinite().all(1).cpu()
     present, counts = sources[usable].unique(return_counts=True)
     budgets = allocate_budget(counts, k - len(kept)).tolist()
+    sets = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
+    longest = max(map(len, sets), default=0)
+    fit = len(sets) * longest * max(longest, features.shape[1]) <= PoolGradients.CHUNK
+    at_once = max(len(sets), 1) if fit else 1
     index, weight = [kept], [torch.ones_like(kept)]
-    for q, budget in zip(present, budgets, strict=True):
-        rows = (usable & (sources == q)).nonzero()[:, 0]  # [n]
-        x = sparsify(features[rows.to(features.device, non_blocking=True)], h)  # [n, h]
-        similarity = pairwise_similarity(x, metric)  # [n, n]
-        norm = None if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=1).max()
-        if len(rows) <= 256:
-            similarity = similarity.cpu()  # a hundred launches of tiny kernels cost more than the arithmetic
-        picks, sizes = facility_location(similarity, budget, norm)
-        index, weight = [*index, rows[picks.cpu()]], [*weight, sizes.cpu()]
+    for i in range(0, len(sets), at_once):
+        picks, sizes = medoids(features, sets[i : i + at_once], budgets[i : i + at_once], h, metric)
+        index, weight = index + picks, weight + sizes
     return Coreset(torch.cat(index), torch.cat(weight))
+
+
+def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, metric: str) -> tuple[list, list]:
+    """Medoids of S big sources, given as the pool rows of each: picked rows [budget] and cluster sizes, per source.
+
+    All sources go through each operation together: hundreds of tiny kernels would take longer than the arithmetic.
+    """
+    rows = nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=-1)  # [S, n]
+    own = rows >= 0
+    rows = torch.where(own, rows, rows[:, :1])  # the filling repeats a row: no distance grows by it
+    rows, own = (tensor.to(features.device, non_blocking=True) for tensor in (rows, own))
+    x = sparsify(features[rows], h, own)  # [S, n, h]
+    similarity = pairwise_similarity(x, metric).masked_fill_(~(own[:, :, None] & own[:, None]), 0)  # [S, n, n]
+    scale = similarity.abs().amax(1) if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=2)
+    tie = TIE * own.sum(1, keepdim=True) * scale.amax(1, keepdim=True).double()
+    if similarity.numel() <= 1 << 16:
+        similarity, tie = similarity.cpu(), tie.cpu()
+    similarity = similarity.double()
+    picks = [row[:budget] for row, budget in zip(greedy_picks(similarity, max(budgets), tie), budgets, strict=True)]
+    sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, sets, picks, strict=True)]
+    return [r[p.cpu()] for r, p in zip(sets, picks, strict=True)], [size.cpu() for size in sizes]
 
 
 # --------------------------------------------------------------------------- losses at the supervised positions only
