@@ -19,7 +19,8 @@ command first trains PREPARE for 600 steps at --prepare_lr, merges the adapter i
 * Seconds are those of training steps: no evaluation, diagnostics or warm-up. With --jobs above 1 runs slow each other
   down; so each setting's step is also timed alone (median of --time_steps), and seconds are steps times that. Without
   that (--time_steps 0), tables have no seconds. --time_flags go to the timing alone: what they change is the time of a
-  step and not, but for rounding, what it computes, as with --compile and --gradient_checkpointing.
+  step and not, but for rounding, what it computes, as with --compile and --gradient_checkpointing. To time on a quiet
+  machine, run once with `--seeds` and no number, and give that JSON to the others as --times.
   The learning-rate schedule spans --steps; with --seconds T, the steps that a setting makes in T.
 
 Every --match_every steps, with dropout off and over all trained parameters:
@@ -563,7 +564,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"settings: {basic}, those of experiments.py, such as norms, keep+sumnorms, and all with -sqrt or -tokens"
     )
     add("--coreset_sizes", nargs="+", type=int, default=[64])
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--seeds", nargs="*", type=int, default=[0], help="none: time steps alone")
     add("--steps", type=int, default=240)
     add("--seconds", type=float, help="instead of --steps: as many steps as each setting makes in this time, alone")
     add("--held_out", type=int, default=200, help="questions kept for evaluation")
@@ -576,6 +577,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="runs at once; each holds a model of its own in memory")
     add("--time_steps", type=int, default=12, help="steps that time a setting alone, when --jobs is above 1")
     add("--time_flags", default="", help='flags of train_colm.py for that timing alone, such as "--compile"')
+    add("--times", help="JSON of an earlier command, whose step times to take: weights do not change them")
     add("--warm_steps", type=int, default=3, help="steps before a run that only warm it up")
     add("--stop_after", type=float, default=math.inf, help="start no run after so many seconds")
     add("--work", default="colm_output/convergence", help="folder of finished runs and tokenised rows")
@@ -625,13 +627,19 @@ def main(argv: list[str]) -> int:
         print(f"prepared {model}: held-out loss {preparation['eval'][-1]['eval_loss']:.3f}", flush=True)
 
     cells = [(name, k) for name in own.settings for k in ([None] if name.startswith("full-") else own.coreset_sizes)]
-    step_s, problems = {}, []
-    if own.time_steps and (own.jobs > 1 or own.seconds):
+    step_s, timed_on, problems = {}, [], []
+    if own.times:
+        times = json.loads(Path(own.times).read_text())
+        step_s, timed_on = times["step_s_alone"], times["timed_on"]
+        if missing := [label for label in (f"{name}@{k}" if k else name for name, k in cells) if label not in step_s]:
+            raise UserError(f"--times {own.times} has no step time of {', '.join(missing)}: time them, or leave them out")
+    elif own.time_steps and (own.jobs > 1 or own.seconds or not own.seeds):
         more = {"kind": "time", "eval_every": 0, "match_every": 0}
         more_flags = [*flags, *own.time_flags.split()]
         timed = [build(model, more_flags, name, k, 0, own.time_steps, **more) for name, k in cells]
         problems += run_all(timed, 1, deadline)
         step_s = {run["label"]: statistics.median(run["step_s"]) for run in read_runs(timed)}
+        timed_on = sorted({run["card"] for run in read_runs(timed)})
     specs = []
     for seed in own.seeds:
         for name, k in cells:
@@ -648,11 +656,14 @@ def main(argv: list[str]) -> int:
     result = {"command": ["convergence.py", *argv], "versions": {name: version(name) for name in PACKAGES}}
     result |= {"data": about_data, "card": sorted({run["card"] for run in runs}), "jobs": own.jobs}
     result |= {"settings": {name: SETTINGS[name] for name in own.settings}, "preparation": preparation}
-    result |= {"code": sorted({run["code"] for run in runs}), "step_s_alone": step_s, "problems": problems}
+    result |= {"code": sorted({run["code"] for run in runs}), "step_s_alone": step_s, "timed_on": timed_on}
+    result["problems"] = problems
     result["axes"] = ["step"] * (not own.seconds) + ["seconds"] * (own.jobs == 1 or bool(step_s))
     result["tables"] = tables(runs, result["axes"], own.sort) if runs else ""
     with train_colm.replacing(Path(own.output)) as aside:
         aside.write_text(json.dumps(result | {"runs": runs}))
+    for label, seconds in step_s.items():
+        print(f"{label:<28} {seconds * 1e3:>8.1f} ms a step, alone on {', '.join(timed_on)}")
     print(f"\n{result['tables']}\n{', '.join(result['card'])}, {result['versions']}: {own.output}")
     if len(result["code"]) > 1:
         problems.append("these runs were made by different versions of train_colm.py or colm_core.py")
