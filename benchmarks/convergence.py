@@ -17,11 +17,12 @@ command first trains PREPARE for 600 steps at --prepare_lr, merges the adapter i
 * A process keeps its model from run to run where it can, and starts each from the seed's own adapters and a new
   optimizer. The loss before training is then evaluated once.
 * Seconds are those of training steps: no evaluation, diagnostics or warm-up. With --jobs above 1 runs slow each other
-  down; so each setting's step is also timed alone (median of --time_steps), and seconds are steps times that. Without
-  that (--time_steps 0), tables have no seconds. --time_flags go to the timing alone: what they change is the time of a
-  step and not, but for rounding, what it computes, as with --compile and --gradient_checkpointing. To time on a quiet
-  machine, run once with `--seeds` and no number, and give that JSON to the others as --times.
-  The learning-rate schedule spans --steps; with --seconds T, the steps that a setting makes in T.
+  down; so each setting's step is also timed alone, in 3 rounds of --time_steps over all settings, and seconds are steps
+  times their lower quartile (other load on a host only adds to them). Without that (--time_steps 0), tables have no
+  seconds. --time_flags go to the timing alone: what they change is the time of a step and not, but for rounding, what
+  it computes, as with --compile and --gradient_checkpointing. To time on a quiet machine, run once with `--seeds` and
+  no number, and give that JSON to the others as --times. The learning-rate schedule spans --steps; with --seconds T,
+  the steps that a setting makes in T.
 
 Every --match_every steps, with dropout off and over all trained parameters:
 
@@ -88,6 +89,7 @@ for power in ("sqrt", "tokens"):  # full-64-sqrt: as full-64, with --example_wei
     SETTINGS |= {f"{k}-{power}": f"{v} --example_weights {power}" for k, v in [*SETTINGS.items()] if k[-4:] != "sqrt"}
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 PREPARE = "full-256"
+TIME_ROUNDS = 3
 MEASURES = {"mean over sources": "eval_loss_source_mean", "per token": "eval_loss_per_token"}
 MEASURES |= {"per example": "eval_loss", "small sources": "small_sources"}
 TAKEN = {
@@ -616,8 +618,8 @@ def main(argv: list[str]) -> int:
     preparation = None
     if own.prepare:
         more = {"kind": "prepare", "match_every": 0, "eval_every": max(1, own.prepare // 4)}
-        fast = [*flags, "--learning_rate", str(own.prepare_lr)]
-        spec = build(model, fast, PREPARE, None, 1000, own.prepare, **more)
+        faster = [*flags, "--learning_rate", str(own.prepare_lr)]
+        spec = build(model, faster, PREPARE, None, 1000, own.prepare, **more)
         model = spec["merge_into"] = str(work / f"prepared-{spec['digest']}")
         if not Path(model).exists():
             Path(spec["output"]).unlink(missing_ok=True)
@@ -632,13 +634,16 @@ def main(argv: list[str]) -> int:
         times = json.loads(Path(own.times).read_text())
         step_s, timed_on = times["step_s_alone"], times["timed_on"]
         if missing := [label for label in (f"{name}@{k}" if k else name for name, k in cells) if label not in step_s]:
-            raise UserError(f"--times {own.times} has no step time of {', '.join(missing)}: time them, or leave them out")
+            raise UserError(f"--times {own.times} lacks {', '.join(missing)}: time them, or leave them out")
     elif own.time_steps and (own.jobs > 1 or own.seconds or not own.seeds):
         more = {"kind": "time", "eval_every": 0, "match_every": 0}
-        more_flags = [*flags, *own.time_flags.split()]
-        timed = [build(model, more_flags, name, k, 0, own.time_steps, **more) for name, k in cells]
+        fast = functools.partial(build, model, [*flags, *own.time_flags.split()], seed=0, steps=own.time_steps, **more)
+        rounds = range(TIME_ROUNDS)  # of all settings in turn, for a host's own speed drifts
+        timed = [fast(setting=name, k=k, round=i) for i in rounds for name, k in cells]
         problems += run_all(timed, 1, deadline)
-        step_s = {run["label"]: statistics.median(run["step_s"]) for run in read_runs(timed)}
+        for run in read_runs(timed):
+            step_s.setdefault(run["label"], []).extend(run["step_s"])
+        step_s = {label: sorted(seconds)[len(seconds) // 4] for label, seconds in step_s.items()}
         timed_on = sorted({run["card"] for run in read_runs(timed)})
     specs = []
     for seed in own.seeds:
