@@ -542,6 +542,14 @@ def match_table(groups: dict[str, list[dict]]) -> str:
     return markdown("Gradients of coreset and pool", [*header, "signal-to-noise"], rows) if rows else ""
 
 
+def compact(run: dict) -> dict:
+    """What tables and figures need of a run; --work keeps all of it."""
+    shown = ("label", "seed", "coreset_size", "card", "code", "weights", "peak_gb", "eval", "match")
+    small = [statistics.fmean(run["small"])] if run["small"] else []
+    text = json.dumps({key: run[key] for key in shown} | {"small": small})
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
+
+
 def tables(runs: list[dict], axes=("step", "seconds"), sort=()) -> str:
     groups: dict[str, list[dict]] = {}
     for run in runs:
@@ -666,7 +674,7 @@ def main(argv: list[str]) -> int:
     result["axes"] = ["step"] * (not own.seconds) + ["seconds"] * (own.jobs == 1 or bool(step_s))
     result["tables"] = tables(runs, result["axes"], own.sort) if runs else ""
     with train_colm.replacing(Path(own.output)) as aside:
-        aside.write_text(json.dumps(result | {"runs": runs}))
+        aside.write_text(json.dumps(result | {"runs": [compact(run) for run in runs]}))
     for label, seconds in step_s.items():
         print(f"{label:<28} {seconds * 1e3:>8.1f} ms a step, alone on {', '.join(timed_on)}")
     print(f"\n{result['tables']}\n{', '.join(result['card'])}, {result['versions']}: {own.output}")

@@ -13,7 +13,6 @@ JOINT selections weigh rows against each other instead; [keep+] keeps the small 
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -97,22 +96,15 @@ def mean_losses(c: Candidates) -> Tensor:
     return torch.cat(parts).cpu()[torch.tensor(order).argsort()]
 
 
-def adam_state(c: Candidates) -> tuple[Tensor, Tensor] | None:
-    """The optimizer's own (m_hat [D], sqrt(v_hat) + eps [D]) of the probed matrix; None before its first update."""
-    module = c.run.probe.module
+def adam_gradients(c: Candidates) -> Tensor:
+    """Gradients of the last V projection in Adam's metric: divided by what Adam divides its step by, once it has."""
+    g, module = last_v_gradients(c), c.run.probe.module
     weight = next((p for name, p in module.named_parameters() if "lora_B" in name), module.weight)
     if not (state := c.run.optimizer.state.get(weight)):
-        return None
-    (b1, b2), t, eps = c.run.optimizer.defaults["betas"], float(state["step"]), c.run.optimizer.defaults["eps"]
-    rows = c.run.probe.rows.to(weight.device)
-    m, v = (state[name][rows].flatten().float() for name in ("exp_avg", "exp_avg_sq"))
-    return m / (1 - b1**t), (v / (1 - b2**t)).sqrt() + eps
-
-
-def adam_gradients(c: Candidates) -> Tensor:
-    """Gradients of the last V projection in Adam's metric: divided by what Adam divides its step by."""
-    g, state = last_v_gradients(c), adam_state(c)
-    return g if state is None else g / state[1]
+        return g
+    beta, eps = c.run.optimizer.defaults["betas"][1], c.run.optimizer.defaults["eps"]
+    v = state["exp_avg_sq"][c.run.probe.rows.to(weight.device)].flatten().float()
+    return g / ((v / (1 - beta ** float(state["step"]))).sqrt() + eps)
 
 
 # ---------------------------------------------------------------------------------------------------------- scores [n]
@@ -137,18 +129,8 @@ def adam_norms(c):
     return adam_gradients(c).norm(dim=1).cpu()
 
 
-def norm_sample(c):
-    """A draw without replacement, with chances in proportion to the norms (Gumbel's trick)."""
-    return norms(c).clamp_min(1e-30).log() - (-c.random("norm sample").clamp_min(1e-30).log()).log()
-
-
 def sum_losses(c):
     return mean_losses(c) * c.tokens
-
-
-def easy(c):
-    """The smallest losses, to see that it is worse."""
-    return -mean_losses(c)
 
 
 def token_counts(c):
@@ -164,22 +146,10 @@ def finite_mean(g):
     return g[g.isfinite().all(1)].mean(0)
 
 
-def align(c):
-    """Inner product with the pool's mean gradient. Most of it is a row's product with itself when noise prevails."""
-    g = last_v_gradients(c)
-    return (g @ finite_mean(g)).cpu()
-
-
 def agree(c):
     """Inner product with the mean gradient of the other rows: the signal in a row, without its own noise."""
     g = last_v_gradients(c)
     return (g @ finite_mean(g) - g.square().sum(1) / len(g)).cpu()
-
-
-def momentum(c):
-    """Inner product with the step that Adam's momentum would make: the signal of the past steps."""
-    g, state = last_v_gradients(c), adam_state(c)
-    return (g @ (finite_mean(g) if state is None else state[0] / state[1])).cpu()
 
 
 def trend(c, decay=0.9):
@@ -223,11 +193,6 @@ def boost(c, score, k, factor=1.5):
     """One ranking, in which the small sources' scores count more."""
     score = score - score.min().clamp(max=0)
     return largest(c, torch.where(c.small, factor * score, score), k)
-
-
-def soft(c, score, k):
-    """Small sources whole, the others weighing more: the root of what would restore the pool's mixture."""
-    return largest(c, score, k)[0], torch.full((k,), math.sqrt(len(score) / k))
 
 
 def trim(c, score, k, share=0.05):
@@ -274,12 +239,6 @@ def omp(c, g, k):
             weights[first], support[first] = 0, False
         weights = fit
     return support.nonzero()[:, 0], weights[support]
-
-
-def omp_flat(c, g, k):
-    """The same rows at equal weights."""
-    rows = omp(c, g, k)[0]
-    return rows, torch.ones(len(rows))
 
 
 def error_feedback(c, g, k, decay=0.9):
@@ -357,34 +316,24 @@ SCORES = {
     "sumnorms": sum_norms,
     "sqrtnorms": sqrt_norms,
     "adam+norms": adam_norms,
-    "norm-sample": norm_sample,
-    "loss": mean_losses,
     "sumloss": sum_losses,
-    "easy": easy,
     "longest": token_counts,
     "random": at_random,
-    "align": align,
     "agree": agree,
-    "momentum": momentum,
     "trend": trend,
 }
 STRUCTURES = {  # name: (pick, are small sources kept whole?)
     "": (largest, False),
     "keep+": (largest, True),
-    "soft+": (soft, True),
     "half+": (half_way, False),
     "boost+": (boost, False),
-    "boost2+": (functools.partial(boost, factor=2), False),
     "strat+": (by_source, False),
     "trim+": (trim, False),
-    "keep+trim+": (trim, True),
 }
 KEEP = (False, True)
 JOINT = {
     "omp": (last_v_gradients, omp),
-    "omp-flat": (last_v_gradients, omp_flat),
     "adam+omp": (adam_gradients, omp),
-    "adam+omp-flat": (adam_gradients, omp_flat),
     "herding": (last_v_gradients, herding),
     "feedback": (last_v_gradients, error_feedback),
     "oracle": (lora_gradients, omp),

@@ -324,6 +324,13 @@ def test_features_of_float64_gradients_are_float64():
     close(features, features_of(stored(g, 20, 33), sources, moments, 5), tolerance=1e-5)
 
 
+def test_small_blocks_of_gradients_are_joined_up_to_a_chunk(monkeypatch):
+    monkeypatch.setattr(PoolGradients, "CHUNK", 5 * 7)
+    gradients = stored(normal(12, 7), 2, 3, 4, 2, 1)
+    assert [len(block) for block in gradients.blocks] == [5, 4, 3]
+    assert torch.equal(torch.cat(gradients.blocks), normal(12, 7))
+
+
 @pytest.mark.parametrize("directions", [1, 3])
 def test_derivatives_stand_for_explicit_gradients(monkeypatch, directions):
     monkeypatch.setattr(PoolGradients, "CHUNK", 5 * 12)
@@ -426,9 +433,11 @@ def test_equal_means_keep_the_lowest_coordinates():
 # --------------------------------------------------------------------------------------------------------- the coreset
 
 
+@pytest.mark.parametrize("chunk", [0, 1 << 25])  # source by source, or all at once
 @pytest.mark.parametrize("metric", ["l1", "l2"])
 @pytest.mark.parametrize(("n", "keep"), [(7, ()), (53, (1, 4)), (123, (0,)), (53, (9,))])
-def test_coresets_match_the_twin(metric, n, keep):
+def test_coresets_match_the_twin(monkeypatch, chunk, metric, n, keep):
+    monkeypatch.setattr(PoolGradients, "CHUNK", chunk)
     features, sources = integers(n, 6), torch.randint(0, 5, (n,), generator=generator(n))
     sources[n // 2] = 7  # a source of one
     kept = int(torch.isin(sources, torch.tensor(keep, dtype=torch.long)).sum())
@@ -454,10 +463,12 @@ def test_coresets_of_sources_large_and_small_match_the_twin(sizes):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_coresets_of_real_numbers_match_the_twin(metric):
-    features, sources = normal(53, 6), torch.arange(53) % 3
-    coreset = select_coreset(features, sources, 24, {1}, h=4, metric=metric)  # 18 kept, 3 medoids of each other source
-    expected = naive.select_coreset(features.tolist(), sources.tolist(), 24, {1}, 4, metric)
-    assert (coreset.index.tolist(), coreset.weight.tolist()) == expected
+    for sources in (torch.arange(53) % 3, (normal(53).square() * 3).long()):  # even sources; one large, many small
+        features, keep = normal(53, 6), {1}
+        k = int((sources == 1).sum()) + 9
+        coreset = select_coreset(features, sources, k, keep, h=4, metric=metric)
+        expected = naive.select_coreset(features.tolist(), sources.tolist(), k, keep, 4, metric)
+        assert (coreset.index.tolist(), coreset.weight.tolist()) == expected
 
 
 def test_a_pool_of_one():
