@@ -2,8 +2,8 @@
 
     python benchmarks/plot_convergence.py convergence.json --measure eval_loss_source_mean
 
-writes convergence-steps.png, convergence-seconds.png and, if it was measured, convergence-matching.png beside the JSON.
-Lines are means over seeds, bands one standard deviation to either side.
+writes convergence-steps.png, convergence-seconds.png and convergence-matching.png beside the JSON, as far as it has
+what they show. Lines are means over seeds, bands one standard deviation to either side.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--measure", choices=MEASURES, default="eval_loss_source_mean")
+    parser.add_argument("--labels", nargs="+", help="draw these alone, such as full-64 random@64")
     parser.add_argument("--from_start", action="store_true", help="draw the loss before training, too")
     args = parser.parse_args(argv)
     try:
@@ -66,14 +67,18 @@ def main(argv: list[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    result, runs = json.loads(args.results.read_text()), {}
+    result = json.loads(args.results.read_text())
+    known = list(dict.fromkeys(run["label"] for run in result["runs"]))
+    if unknown := [label for label in args.labels or () if label not in known]:
+        sys.exit(f"error: --labels {' '.join(unknown)} is not in the file, which has {', '.join(known)}")
     for run in result["runs"]:
         run["eval"] = run["eval"][int(not args.from_start) :]
-        runs.setdefault(run["label"], []).append(run)
+    runs = {label: [run for run in result["runs"] if run["label"] == label] for label in args.labels or known}
     stem = args.results.with_suffix("")
-    for x, label in {"step": "steps", "seconds": f"seconds of training ({', '.join(result['card'])})"}.items():
+    axes = {"step": "steps", "seconds": f"seconds of training ({', '.join(result['timed_on'] or result['card'])})"}
+    for x in result["axes"]:
         path = Path(f"{stem}-{'steps' if x == 'step' else x}.png")
-        draw(plt, runs, "eval", x, [(args.measure, "-", None)], (label, MEASURES[args.measure]), path)
+        draw(plt, runs, "eval", x, [(args.measure, "-", None)], (axes[x], MEASURES[args.measure]), path)
     lines = [("error", "-", None), ("structure_error", ":", "random coresets of\nthe same structure")]
     draw(plt, runs, "match", "step", lines, ("steps", "matching error"), Path(f"{stem}-matching.png"))
 
