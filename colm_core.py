@@ -113,7 +113,7 @@ def greedy_picks(similarity: Tensor, k: int, tie: Tensor) -> Tensor:
     picked, index = torch.zeros_like(best, dtype=torch.bool), [best[:, :0].long()]
     for _ in range(k):
         gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, N], what each candidate would add
-        gain.masked_fill_(picked, -1)
+        gain.masked_fill_(picked, -math.inf)
         index.append((gain >= gain.amax(1, keepdim=True) - tie).int().argmax(1, keepdim=True))  # [S, 1]
         picked.scatter_(1, index[-1], True)
         best = torch.maximum(best, similarity.take_along_dim(index[-1][:, None], 2)[:, :, 0])
@@ -217,12 +217,8 @@ class PoolGradients:
 
     def add(self, rows: Tensor) -> None:
         """Append exact gradients [B, D]."""
-        if sum(block.nbytes for block in self.blocks) + rows.nbytes > self.device_bytes:
-            self.blocks.append(rows.cpu())
-        elif self.blocks and len(self.blocks[-1]) + len(rows) <= self.CHUNK // self.dims:
-            self.blocks[-1] = torch.cat([self.blocks[-1], rows])  # one chunk's operations instead of two's
-        else:
-            self.blocks.append(rows)
+        stored = sum(block.nbytes for block in self.blocks)
+        self.blocks.append(rows if stored + rows.nbytes <= self.device_bytes else rows.cpu())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,12 +227,17 @@ class PoolGradients:
 
     def chunks(self, device):
         """Yield (slice of examples, their gradients [chunk, D] on `device`) in order."""
-        size, start = max(1, self.CHUNK // self.dims), 0
+        size, start, chunks = max(1, self.CHUNK // self.dims), 0, [[]]
         for block in self.blocks if self.derivatives is None else [self.derivatives]:
             for part in block.split(size):
-                part = part.to(device)
-                yield slice(start, start + len(part)), self._rows(part)
-                start += len(part)
+                if sum(map(len, chunks[-1])) + len(part) > size:  # small blocks travel together
+                    chunks.append([])
+                chunks[-1].append(part)
+        for parts in filter(None, chunks):
+            parts = [part.to(device) for part in parts]
+            part = torch.cat(parts) if len(parts) > 1 else parts[0]
+            yield slice(start, start + len(part)), self._rows(part)
+            start += len(part)
 
     def _rows(self, part: Tensor) -> Tensor:
         return part if self.derivatives is None else part @ self.z.flatten(1) / len(self.z)
@@ -348,7 +349,7 @@ def select_coreset(
 ) -> Coreset:
     """Coreset of a pool: every row of the sources in `keep`, then medoids of each other source (4.1-4.2).
 
-    `features` is [N, D] (rows of kept sources are never read), `sources` [N] integers. Rows whose features are not
+    `features` is [N, D] (rows of kept sources may hold anything), `sources` [N] integers. Rows whose features are not
     finite never become medoids; the coreset has K rows, or all usable ones when those are fewer.   # DIFFERS 3
     When the kept sources alone fill it, K of their rows are drawn uniformly with `generator`.   # DIFFERS 4
     """
@@ -365,8 +366,9 @@ def select_coreset(
     budgets = allocate_budget(counts, k - len(kept)).tolist()
     sets = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
     longest = max(map(len, sets), default=0)
+    alike = len(sets) * longest**2 <= 4 * sum(len(rows) ** 2 for rows in sets)  # or filling them up costs too much
     fit = len(sets) * longest * max(longest, features.shape[1]) <= PoolGradients.CHUNK
-    at_once = max(len(sets), 1) if fit else 1
+    at_once = max(len(sets), 1) if alike and fit else 1
     index, weight = [kept], [torch.ones_like(kept)]
     for i in range(0, len(sets), at_once):
         picks, sizes = medoids(features, sets[i : i + at_once], budgets[i : i + at_once], h, metric)
@@ -377,7 +379,7 @@ def select_coreset(
 def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, metric: str) -> tuple[list, list]:
     """Medoids of S big sources, given as the pool rows of each: picked rows [budget] and cluster sizes, per source.
 
-    All sources go through each operation together: hundreds of tiny kernels would take longer than the arithmetic.
+    They go through each operation together: hundreds of tiny kernels would take longer than the arithmetic.
     """
     rows = nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=-1)  # [S, n]
     own = rows >= 0

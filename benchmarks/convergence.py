@@ -21,8 +21,8 @@ command first trains PREPARE for 600 steps at --prepare_lr, merges the adapter i
   times their lower quartile (other load on a host only adds to them). Without that (--time_steps 0), tables have no
   seconds. --time_flags go to the timing alone: what they change is the time of a step and not, but for rounding, what
   it computes, as with --compile and --gradient_checkpointing. To time on a quiet machine, run once with `--seeds` and
-  no number, and give that JSON to the others as --times. The learning-rate schedule spans --steps; with --seconds T,
-  the steps that a setting makes in T.
+  no number, and give that JSON to commands with the same flags as --times. The learning-rate schedule spans --steps;
+  with --seconds T, the steps that a setting makes in T.
 
 Every --match_every steps, with dropout off and over all trained parameters:
 
@@ -563,6 +563,26 @@ def tables(runs: list[dict], axes=("step", "seconds"), sort=()) -> str:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
+def cells_of(own) -> dict[str, tuple]:
+    """Label: (setting, coreset size, or None where the setting has it)."""
+    sizes = {name: [None] if name.startswith("full-") else own.coreset_sizes for name in own.settings}
+    return {f"{name}@{k}" if k else name: (name, k) for name in own.settings for k in sizes[name]}
+
+
+def read_times(own) -> dict:
+    """The JSON that --times names, if it has a step time of every setting."""
+    try:
+        whole = json.loads(Path(own.times).read_text())
+        times = {key: whole[key] for key in ("step_s_alone", "timed_on", "code")}
+        missing = [label for label in cells_of(own) if label not in times["step_s_alone"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--times {own.times} ({problem}): give a JSON of this script that has step times") from None
+    if missing:
+        raise UserError(f"--times {own.times} lacks {', '.join(missing)}: time them, or leave them out")
+    return times
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = train_colm.Parser("convergence.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -585,7 +605,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prepare", type=int, default=0, help=f"first fine-tune the model for so many steps of {PREPARE}")
     add("--prepare_lr", type=float, default=1e-3)
     add("--jobs", type=int, default=1, help="runs at once; each holds a model of its own in memory")
-    add("--time_steps", type=int, default=12, help="steps that time a setting alone, when --jobs is above 1")
+    add("--time_steps", type=int, default=12, help="steps in each of the 3 rounds that time settings alone")
     add("--time_flags", default="", help='flags of train_colm.py for that timing alone, such as "--compile"')
     add("--times", help="JSON of an earlier command, whose step times to take: weights do not change them")
     add("--warm_steps", type=int, default=3, help="steps before a run that only warm it up")
@@ -608,13 +628,17 @@ def main(argv: list[str]) -> int:
     if own.show:
         results = [json.loads(Path(path).read_text()) for path in own.show]
         axes = set.intersection(*(set(result["axes"]) for result in results))
-        print(tables([run for result in results for run in result["runs"]], sorted(axes, reverse=True), own.sort))
+        runs = [run for result in results for run in result["runs"]]
+        print(tables(runs, sorted(axes, reverse=True), own.sort) if runs else "no runs")
         return 0
     for name in own.settings:
         if name not in SETTINGS:
             raise UserError(f"--settings {name} is unknown: --help tells which there are")
     for name in TAKEN.intersection(flags):
         raise UserError(f"{name} is not for train_colm.py here: see --help for the flags that settle it")
+    if not own.seeds and (own.times or not own.time_steps):
+        raise UserError("--seeds without a number times the settings: leave out --times, and --time_steps 0")
+    times = read_times(own) if own.times else None
     work, deadline = Path(own.work), time.time() + own.stop_after
     work.mkdir(parents=True, exist_ok=True)
     model = own.model
@@ -625,7 +649,7 @@ def main(argv: list[str]) -> int:
 
     preparation = None
     if own.prepare:
-        more = {"kind": "prepare", "match_every": 0, "eval_every": max(1, own.prepare // 4)}
+        more = {"kind": "prepare", "match_every": 0, "random_coresets": 0, "eval_every": max(1, own.prepare // 4)}
         faster = [*flags, "--learning_rate", str(own.prepare_lr)]
         spec = build(model, faster, PREPARE, None, 1000, own.prepare, **more)
         model = spec["merge_into"] = str(work / f"prepared-{spec['digest']}")
@@ -633,30 +657,27 @@ def main(argv: list[str]) -> int:
             Path(spec["output"]).unlink(missing_ok=True)
         if problems := run_all([spec], 1, deadline):
             raise UserError(f"preparation failed: {problems[0]}")
-        preparation = read_runs([spec])[0]
+        preparation = compact(read_runs([spec])[0])
         print(f"prepared {model}: held-out loss {preparation['eval'][-1]['eval_loss']:.3f}", flush=True)
 
-    cells = [(name, k) for name in own.settings for k in ([None] if name.startswith("full-") else own.coreset_sizes)]
-    step_s, timed_on, problems = {}, [], []
-    if own.times:
-        times = json.loads(Path(own.times).read_text())
-        step_s, timed_on = times["step_s_alone"], times["timed_on"]
-        if missing := [label for label in (f"{name}@{k}" if k else name for name, k in cells) if label not in step_s]:
-            raise UserError(f"--times {own.times} lacks {', '.join(missing)}: time them, or leave them out")
+    cells, step_s, timed_on, code, problems = cells_of(own), {}, [], set(), []
+    if times:
+        step_s, timed_on, code = times["step_s_alone"], times["timed_on"], {*times["code"]}
     elif own.time_steps and (own.jobs > 1 or own.seconds or not own.seeds):
         more = {"kind": "time", "eval_every": 0, "match_every": 0}
         fast = functools.partial(build, model, [*flags, *own.time_flags.split()], seed=0, steps=own.time_steps, **more)
         rounds = range(TIME_ROUNDS)  # of all settings in turn, for a host's own speed drifts
-        timed = [fast(setting=name, k=k, round=i) for i in rounds for name, k in cells]
+        timed = [fast(setting=name, k=k, round=i) for i in rounds for name, k in cells.values()]
         problems += run_all(timed, 1, deadline)
         for run in read_runs(timed):
             step_s.setdefault(run["label"], []).extend(run["step_s"])
         step_s = {label: sorted(seconds)[len(seconds) // 4] for label, seconds in step_s.items()}
         timed_on = sorted({run["card"] for run in read_runs(timed)})
+        code = {run["code"] for run in read_runs(timed)}
     specs = []
     for seed in own.seeds:
-        for name, k in cells:
-            label, steps = f"{name}@{k}" if k else name, own.steps
+        for label, (name, k) in cells.items():
+            steps = own.steps
             if own.seconds and label not in step_s:
                 continue
             steps = max(1, int(own.seconds / step_s[label])) if own.seconds else own.steps
@@ -669,7 +690,7 @@ def main(argv: list[str]) -> int:
     result = {"command": ["convergence.py", *argv], "versions": {name: version(name) for name in PACKAGES}}
     result |= {"data": about_data, "card": sorted({run["card"] for run in runs}), "jobs": own.jobs}
     result |= {"settings": {name: SETTINGS[name] for name in own.settings}, "preparation": preparation}
-    result |= {"code": sorted({run["code"] for run in runs}), "step_s_alone": step_s, "timed_on": timed_on}
+    result |= {"code": sorted(code | {run["code"] for run in runs}), "step_s_alone": step_s, "timed_on": timed_on}
     result["problems"] = problems
     result["axes"] = ["step"] * (not own.seconds) + ["seconds"] * (own.jobs == 1 or bool(step_s))
     result["tables"] = tables(runs, result["axes"], own.sort) if runs else ""

@@ -190,7 +190,7 @@ def half_way(c, score, k):
 
 
 def boost(c, score, k, factor=1.5):
-    """One ranking, in which the small sources' scores count more."""
+    """One ranking, in which the small sources' scores count `factor` times."""
     score = score - score.min().clamp(max=0)
     return largest(c, torch.where(c.small, factor * score, score), k)
 

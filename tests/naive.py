@@ -99,7 +99,7 @@ def objective(similarity, index):
 def largest_coordinates(rows, h):
     """Section 4.2, Table 4: the h coordinates with the largest |mean over rows|, ties to the lowest.
 
-    A tie is what agrees to 1/4096 of the largest (README, difference 7).
+    A tie is what agrees to 1/4096 of the largest (README, difference 8).
     """
     means = [abs(math.fsum(column)) / len(rows) for column in zip(*rows, strict=True)]
     steps = [round(x * (4096 / max([*means, 1e-30]))) for x in means]

@@ -470,7 +470,7 @@ def test_a_whole_command(work, capsys, monkeypatch):
 
     # step times of that command stand in for new ones: as many steps as fit
     slow = work / "slow.json"
-    slow.write_text(json.dumps({"step_s_alone": {"random_keep@12": 0.3}, "timed_on": ["a card"]}))
+    slow.write_text(json.dumps({"step_s_alone": {"random_keep@12": 0.3}, "timed_on": ["a card"], "code": []}))
     short = [*command[: command.index("--settings")], "--times", str(slow), "--seconds", "0.7", "--settings"]
     with monkeypatch.context() as patch:
         patch.setattr(convergence.subprocess, "Popen", InProcess)
@@ -480,6 +480,12 @@ def test_a_whole_command(work, capsys, monkeypatch):
     assert result["runs"][0]["eval"][-1]["seconds"] == pytest.approx(0.6)
     with pytest.raises(train_colm.UserError, match="slow.json lacks keep.feedback@12: time them, or leave them out"):
         convergence.main([*short, "random_keep", "keep+feedback"])
+    for text in ("", "[1]", "{}"):
+        slow.write_text(text)
+        with pytest.raises(train_colm.UserError, match=r"slow.json \(.*: give a JSON of this script"):
+            convergence.main([*short, "random_keep"])
+    with pytest.raises(train_colm.UserError, match="--seeds without a number times the settings"):
+        convergence.main([*command, "--seeds", "--time_steps", "0"])
 
     pytest.importorskip("matplotlib")
     plot_convergence.main([str(output)])

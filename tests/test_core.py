@@ -153,6 +153,20 @@ def test_rounding_does_not_choose_the_medoids(noise):
         assert picks[0] == picks[1]
 
 
+@pytest.mark.parametrize("sizes", [(128,), (130, 120), (150, 3, 2)])
+def test_no_row_is_picked_twice_however_large_the_features(sizes):
+    """Without history features are +-1: what gains may differ by then exceeds what a picked row adds again, nothing."""
+    sources = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    derivatives, z = normal(len(sources), 1), normal(1, 4096)
+    gradients = PoolGradients(4096, derivatives, z)
+    features = features_of(gradients, sources, AdamMoments(), 2560)
+    coreset = select_coreset(features, sources, len(sources) // 2)
+    assert len(set(coreset.index.tolist())) == len(sources) // 2
+    large = torch.ones(8, 4) * 1e5
+    expected = naive.select_coreset(large.tolist(), [0] * 8, 3)
+    assert select_coreset(large, torch.zeros(8, dtype=torch.long), 3).index.tolist() == expected[0] == [0, 1, 2]
+
+
 def test_rows_that_differ_by_rounding_alone_go_to_the_lowest():
     features = torch.ones(9, 50) + 1e-7 * normal(9, 50)
     assert select_coreset(features, torch.zeros(9), 4).index.tolist() == [0, 1, 2, 3]
@@ -326,9 +340,9 @@ def test_features_of_float64_gradients_are_float64():
 
 def test_small_blocks_of_gradients_are_joined_up_to_a_chunk(monkeypatch):
     monkeypatch.setattr(PoolGradients, "CHUNK", 5 * 7)
-    gradients = stored(normal(12, 7), 2, 3, 4, 2, 1)
-    assert [len(block) for block in gradients.blocks] == [5, 4, 3]
-    assert torch.equal(torch.cat(gradients.blocks), normal(12, 7))
+    slices, parts = zip(*stored(normal(12, 7), 2, 3, 4, 2, 1).chunks("cpu"), strict=True)
+    assert slices == (slice(0, 5), slice(5, 9), slice(9, 12))
+    assert torch.equal(torch.cat(parts), normal(12, 7))
 
 
 @pytest.mark.parametrize("directions", [1, 3])
