@@ -202,6 +202,16 @@ class AdamMoments:
 # ------------------------------------------------------------------------------------- features of a pool, in chunks
 
 
+def groups_of(parts: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Neighbours of at most `size` rows together: on a GPU joining them takes less than launching more kernels."""
+    groups: list[list[Tensor]] = []
+    for part in parts:
+        if not groups or sum(map(len, groups[-1])) + len(part) > size:
+            groups.append([])
+        groups[-1].append(part)
+    return groups
+
+
 class PoolGradients:
     """Per-example gradients of a pool [n, D], handed out in chunks, so that device memory need not grow as n x D.
 
@@ -227,15 +237,13 @@ class PoolGradients:
 
     def chunks(self, device):
         """Yield (slice of examples, their gradients [chunk, D] on `device`) in order."""
-        size, start, chunks = max(1, self.CHUNK // self.dims), 0, [[]]
-        for block in self.blocks if self.derivatives is None else [self.derivatives]:
-            for part in block.split(size):
-                if sum(map(len, chunks[-1])) + len(part) > size:  # small blocks travel together
-                    chunks.append([])
-                chunks[-1].append(part)
-        for parts in filter(None, chunks):
-            parts = [part.to(device) for part in parts]
-            part = torch.cat(parts) if len(parts) > 1 else parts[0]
+        size, start = max(1, self.CHUNK // self.dims), 0
+        blocks = self.blocks if self.derivatives is None else [self.derivatives]
+        parts = [part for block in blocks for part in block.split(size)]
+        on_host = torch.device(device).type == "cpu"
+        for group in [[part] for part in parts] if on_host else groups_of(parts, size):
+            group = [part.to(device) for part in group]
+            part = torch.cat(group) if len(group) > 1 else group[0]
             yield slice(start, start + len(part)), self._rows(part)
             start += len(part)
 

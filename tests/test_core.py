@@ -25,6 +25,7 @@ from colm_core import (
     collate,
     example_losses,
     facility_location,
+    groups_of,
     largest_coordinates,
     pack,
     pairwise_similarity,
@@ -340,9 +341,15 @@ def test_features_of_float64_gradients_are_float64():
 
 def test_small_blocks_of_gradients_are_joined_up_to_a_chunk(monkeypatch):
     monkeypatch.setattr(PoolGradients, "CHUNK", 5 * 7)
-    slices, parts = zip(*stored(normal(12, 7), 2, 3, 4, 2, 1).chunks("cpu"), strict=True)
-    assert slices == (slice(0, 5), slice(5, 9), slice(9, 12))
+    gradients = stored(normal(12, 7), 2, 3, 4, 2, 1)
+    chunks = [(rows.start, rows.stop, len(part)) for rows, part in gradients.chunks("meta")]
+    assert chunks == [(0, 5, 5), (5, 9, 4), (9, 12, 3)]
+    slices, parts = zip(*gradients.chunks("cpu"), strict=True)
+    assert slices == (slice(0, 2), slice(2, 5), slice(5, 9), slice(9, 11), slice(11, 12))
     assert torch.equal(torch.cat(parts), normal(12, 7))
+    groups = groups_of(gradients.blocks, 5)
+    assert [len(group) for group in groups] == [2, 1, 2] and groups_of([], 5) == []
+    assert torch.equal(torch.cat([part for group in groups for part in group]), normal(12, 7))
 
 
 @pytest.mark.parametrize("directions", [1, 3])
