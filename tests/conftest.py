@@ -1,9 +1,12 @@
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch._functorch.config as functorch_config
-import torch._inductor.config as inductor_config
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests' tensors are tiny, and threads that wait for a busy core cost minutes
+
+import pytest  # noqa: E402
+import torch._functorch.config as functorch_config  # noqa: E402
+import torch._inductor.config as inductor_config  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
