@@ -105,12 +105,12 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
 
 
 def greedy_picks(similarity: Tensor, k: int, tie: Tensor) -> Tensor:
-    """What `facility_location` picks in S sets of rows at once: float64 [S, N, N] and `tie` [S, 1] -> [S, k].
+    """What `facility_location` picks in S sets of rows at once: float64 [S, N, N] and `tie` [S, 1] -> [S, k > 0].
 
     Smaller sets are filled up with similarities of 0: they add nothing, and come after the rows that they tie with.
     """
     best = similarity.new_zeros(similarity.shape[:2])  # [S, N], how well each row is served
-    picked, index = torch.zeros_like(best, dtype=torch.bool), [best[:, :0].long()]
+    picked, index = torch.zeros_like(best, dtype=torch.bool), []
     for _ in range(k):
         gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, N], what each candidate would add
         gain.masked_fill_(picked, -math.inf)
@@ -373,6 +373,7 @@ def select_coreset(
     present, counts = sources[usable].unique(return_counts=True)
     budgets = allocate_budget(counts, k - len(kept)).tolist()
     sets = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
+    sets, budgets = [s for s, b in zip(sets, budgets, strict=True) if b], [b for b in budgets if b]
     longest = max(map(len, sets), default=0)
     alike = len(sets) * longest**2 <= 4 * sum(len(rows) ** 2 for rows in sets)  # or filling them up costs too much
     fit = len(sets) * longest * max(longest, features.shape[1]) <= PoolGradients.CHUNK
@@ -385,7 +386,7 @@ def select_coreset(
 
 
 def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, metric: str) -> tuple[list, list]:
-    """Medoids of S big sources, given as the pool rows of each: picked rows [budget] and cluster sizes, per source.
+    """Medoids of S big sources, given as the pool rows of each: picked rows [budget > 0] and cluster sizes, per source.
 
     They go through each operation together: hundreds of tiny kernels would take longer than the arithmetic.
     """

@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the tests' tensors are tiny, and threads that wait for a busy core cost minutes
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: threads that wait for a busy core cost minutes
 
 import pytest  # noqa: E402
 import torch._functorch.config as functorch_config  # noqa: E402

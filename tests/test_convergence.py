@@ -14,7 +14,7 @@ import torch
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
-os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subprocesses too
+os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subprocesses too
 
 import convergence  # noqa: E402
 import experiments  # noqa: E402
@@ -357,14 +357,12 @@ class InProcess:
         self.stdin, self.log, self.env, self.device = self, stderr.name, env, env["CUDA_VISIBLE_DEVICES"]
 
     def write(self, line):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(int(self.env["OMP_NUM_THREADS"]))  # sums depend on it in the last bit
+        assert self.env["OMP_NUM_THREADS"] == str(torch.get_num_threads())  # sums depend on it in the last bit
         with open(self.log, "a") as log, contextlib.redirect_stderr(log), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(line))
             with pytest.raises(SystemExit) as end:
                 convergence.main(["--worker"])
         self.returncode = end.value.code or None
-        torch.set_num_threads(threads)
 
     def flush(self):
         pass

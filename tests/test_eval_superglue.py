@@ -19,7 +19,7 @@ import eval_superglue as sg
 from train_colm import demo_tokenizer
 
 ROOT = Path(__file__).parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 MULTIRC = {
     "passage": {
         "text": "Ann has a cat. ",

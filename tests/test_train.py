@@ -33,7 +33,7 @@ import train_colm  # noqa: E402
 from train_colm import cli, read_records  # noqa: E402
 
 SCRIPT = str(REPO / "train_colm.py")
-os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subprocesses too
+os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subprocesses too
 COMMON = "--pool_size 24 --coreset_size 10 --lora_r 4 --lora_alpha 8 --sparsify_dims 40 --max_steps 5 --warmup_ratio 0 "
 COMMON += "--max_tokens_per_micro_batch 600 --max_length 128 --learning_rate 1e-2"
 RUNS = {  # every selection, probe and way to train; the same results are due on one process and on two ranks
@@ -134,7 +134,6 @@ def assert_close(a: Path, b: Path) -> None:
 def inputs(tmp_path_factory) -> Path:
     """A folder with a tiny model, and a mixture whose rows 0 and 77 are too long to be kept."""
     folder = tmp_path_factory.mktemp("inputs")
-    torch.set_num_threads(1)
     rows = train_colm.demo_rows("train")
     random.Random(0).shuffle(rows)
     for at in (0, 77):
