@@ -254,7 +254,7 @@ class PoolGradients:
         """Sum of g and of g^2 over the examples in `mask` [n], each [D]: what AdamMoments.update_from_sums adds up."""
         total = torch.zeros(2, self.dims, dtype=self.dtype, device=device)
         for rows, g in self.chunks(device):
-            g = g.masked_fill(~mask[rows].to(device, non_blocking=True)[:, None], 0)
+            g = g[mask[rows].nonzero()[:, 0].to(device, non_blocking=True)]
             total += torch.stack([g.sum(0), g.square().sum(0)])
         return total[0], total[1]
 
@@ -370,9 +370,10 @@ def select_coreset(
         kept = kept[torch.randperm(len(kept), generator=generator)[:k].sort().values]
         return Coreset(kept, torch.ones_like(kept))
     usable = ~is_kept & features.isfinite().all(1).cpu()
-    present, counts = sources[usable].unique(return_counts=True)
+    rows = usable.nonzero()[:, 0]
+    source, counts = sources[rows].unique(return_inverse=True, return_counts=True)[1:]
     budgets = allocate_budget(counts, k - len(kept)).tolist()
-    sets = [(usable & (sources == q)).nonzero()[:, 0] for q in present]
+    sets = rows[source.argsort(stable=True)].split(counts.tolist())
     sets, budgets = [s for s, b in zip(sets, budgets, strict=True) if b], [b for b in budgets if b]
     longest = max(map(len, sets), default=0)
     alike = len(sets) * longest**2 <= 4 * sum(len(rows) ** 2 for rows in sets)  # or filling them up costs too much
@@ -393,14 +394,14 @@ def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, me
     rows = nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=-1)  # [S, n]
     own = rows >= 0
     rows = torch.where(own, rows, rows[:, :1])  # the filling repeats a row: no distance grows by it
-    rows, own = (tensor.to(features.device, non_blocking=True) for tensor in (rows, own))
-    x = sparsify(features[rows], h, own)  # [S, n, h]
-    similarity = pairwise_similarity(x, metric).masked_fill_(~(own[:, :, None] & own[:, None]), 0)  # [S, n, n]
+    x = sparsify(features[rows.to(features.device)], h, own.to(features.device))  # [S, n, h]
+    similarity = pairwise_similarity(x, metric)  # [S, n, n]
     scale = similarity.abs().amax(1) if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=2)
-    tie = TIE * own.sum(1, keepdim=True) * scale.amax(1, keepdim=True).double()
     if similarity.numel() <= 1 << 16:
-        similarity, tie = similarity.cpu(), tie.cpu()
-    similarity = similarity.double()
+        similarity, scale = similarity.cpu(), scale.cpu()
+    own = own.to(similarity.device)
+    similarity = similarity.double().masked_fill_(~(own[:, :, None] & own[:, None]), 0)
+    tie = TIE * own.sum(1, keepdim=True) * scale.amax(1, keepdim=True).double()
     picks = [row[:budget] for row, budget in zip(greedy_picks(similarity, max(budgets), tie), budgets, strict=True)]
     sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, sets, picks, strict=True)]
     return [r[p.cpu()] for r, p in zip(sets, picks, strict=True)], [size.cpu() for size in sizes]

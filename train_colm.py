@@ -39,6 +39,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -708,6 +709,8 @@ def candidates(run: Run, pool: Tensor, step: int) -> Tensor:
     A share s leaves ceil(n_s (s + (1 - s) K / N)) of their n_s examples.
     """
     args, n = run.args, len(pool)
+    if args.keep_share == 1:
+        return torch.arange(n)
     share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, n) / n
     small = torch.isin(run.train.sources[pool], torch.tensor(sorted(run.keep), dtype=torch.long)).nonzero()[:, 0]
     shuffled = small[torch.randperm(len(small), generator=generator_of(args.seed, "thin", step))]
@@ -841,15 +844,18 @@ def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
 def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
     """Clip, step the optimizer and the probe's history; returns the norm, None where it or the loss is not finite."""
     norm = run.clip()
-    finite = torch.stack([loss, norm]).isfinite().all()
-    run.optimizer.found_inf = (~finite).float()  # if 1, fused AdamW changes neither weights nor moments
+    broken = (~torch.stack([loss, norm]).isfinite().all()).float()
+    run.optimizer.found_inf = broken  # if 1, fused AdamW changes neither weights nor moments
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    if not finite:  # the first wait for the device since the selection
-        return None
+    moments = copy(run.moments)
     if choice.history:
-        run.moments.update_from_sums(*choice.history)
-    return norm.item()
+        moments.update_from_sums(*choice.history)
+    broken, norm = torch.stack([broken, norm]).tolist()  # the first wait for the device since the selection
+    if broken:
+        return None
+    run.moments = moments
+    return norm
 
 
 @torch.no_grad()
@@ -888,8 +894,9 @@ class Clock:
 
     def mark(self, name: str) -> None:
         if self.cuda:
-            now, peak = torch.cuda.Event(enable_timing=True), torch.cuda.max_memory_allocated()
+            now = torch.cuda.Event(enable_timing=True)
             now.record()
+            peak = torch.cuda.memory.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"]
             torch.cuda.reset_peak_memory_stats()
         else:
             now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
