@@ -100,8 +100,8 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
     if not k:
         return (torch.zeros(0, dtype=torch.long, device=similarity.device),) * 2
     scale = similarity.abs().max() if scale is None else scale.to(similarity)
-    index = greedy_picks(similarity[None], k, TIE * n * scale.view(1, 1))[0]
-    return index, cluster_sizes(similarity, index)
+    index = greedy_picks(similarity[None], k, TIE * n * scale.view(1, 1))  # [1, k]
+    return index[0], cluster_sizes(similarity[None], index)[0]
 
 
 def greedy_picks(similarity: Tensor, k: int, tie: Tensor) -> Tensor:
@@ -120,13 +120,16 @@ def greedy_picks(similarity: Tensor, k: int, tie: Tensor) -> Tensor:
     return torch.cat(index, 1)
 
 
-def cluster_sizes(similarity: Tensor, index: Tensor) -> Tensor:
-    """How many rows each medoid `index` [k] serves best, [k]; they sum to N."""
-    if not len(index):
-        return index
-    owner = similarity[:, index].argmax(1)  # [N]
-    owner[index] = torch.arange(len(index), device=index.device)
-    return torch.bincount(owner, minlength=len(index))
+def cluster_sizes(similarity: Tensor, index: Tensor, own: Tensor | None = None, unused: Tensor | None = None) -> Tensor:
+    """How many of its set's `own` rows [S, N] each medoid serves best, [S, N, N] and `index` [S, k > 0] -> [S, k].
+
+    Medoids that are `unused` [S, k] serve nobody.
+    """
+    served = similarity.take_along_dim(index[:, None], 2).scatter_(1, index[:, None], math.inf)  # [S, N, k]
+    if unused is not None:
+        served.masked_fill_(unused[:, None], -math.inf)
+    owner = F.one_hot(served.argmax(2), index.shape[1])  # [S, N, k]
+    return (owner if own is None else owner * own[:, :, None]).sum(1)
 
 
 def sparsify(x: Tensor, h: int, own: Tensor | None = None) -> Tensor:
@@ -136,7 +139,7 @@ def sparsify(x: Tensor, h: int, own: Tensor | None = None) -> Tensor:
     """
     if h >= x.shape[-1]:
         return x
-    counted = x if own is None else x.masked_fill(~own[..., None], 0)
+    counted = x if own is None else x.masked_fill(~own.to(x.device)[..., None], 0)
     return x.take_along_dim(largest_coordinates(counted.sum(-2), h)[..., None, :], -1)
 
 
@@ -238,14 +241,24 @@ class PoolGradients:
     def chunks(self, device):
         """Yield (slice of examples, their gradients [chunk, D] on `device`) in order."""
         size, start = max(1, self.CHUNK // self.dims), 0
+        on_host = torch.device(device).type == "cpu"
+        if not on_host:
+            self._join(size)
         blocks = self.blocks if self.derivatives is None else [self.derivatives]
         parts = [part for block in blocks for part in block.split(size)]
-        on_host = torch.device(device).type == "cpu"
         for group in [[part] for part in parts] if on_host else groups_of(parts, size):
             group = [part.to(device) for part in group]
             part = torch.cat(group) if len(group) > 1 else group[0]
             yield slice(start, start + len(part)), self._rows(part)
             start += len(part)
+
+    def _join(self, size: int) -> None:
+        """Blocks that lie on a device become blocks of up to `size` rows, for good: three passes go over them."""
+        groups, self.blocks = groups_of(self.blocks, size), []
+        while groups:
+            group = groups.pop(0)
+            one = len(group) == 1 or group[-1].device.type == "cpu"
+            self.blocks += group if one else [torch.cat(group)]
 
     def _rows(self, part: Tensor) -> Tensor:
         return part if self.derivatives is None else part @ self.z.flatten(1) / len(self.z)
@@ -274,17 +287,18 @@ def sparse_features(
     that is not finite counts for nothing in the choice of coordinates and stays not finite.
     """
     sources = sources.to(device, non_blocking=True)
-    sums = torch.zeros(num_sources, gradients.dims, dtype=gradients.dtype, device=device)
-    broken = torch.zeros(len(sources), 1, dtype=torch.bool, device=device)
+    sums = torch.zeros(num_sources + 1, gradients.dims, dtype=gradients.dtype, device=device)
+    broken = torch.zeros(len(sources), dtype=torch.bool, device=device)
     for rows, g in gradients.chunks(device):
         f = moments.normalize(g)  # [chunk, D]
-        broken[rows] = ~f.sum(1, keepdim=True).isfinite()
-        sums.index_add_(0, sources[rows], f.masked_fill_(broken[rows], 0))
-    coordinates = largest_coordinates(reduce(sums), h)  # [S, h]
+        broken[rows] = ~f.sum(1).isfinite()
+        sums.index_add_(0, sources[rows].masked_fill(broken[rows], num_sources), f)  # the last row is thrown away
+    coordinates = largest_coordinates(reduce(sums[:-1]), h)  # [S, h]
     features = [sums.new_zeros(0, coordinates.shape[1])]
     for rows, g in gradients.chunks(device):
         wanted = coordinates[sources[rows]]  # [chunk, h]
-        features.append(moments.normalize(g.gather(1, wanted), wanted).masked_fill_(broken[rows], math.nan))
+        features.append(moments.normalize(g.gather(1, wanted), wanted))
+        features[-1].masked_fill_(broken[rows, None], math.nan)
     return torch.cat(features)  # [n, h]
 
 
@@ -394,7 +408,7 @@ def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, me
     rows = nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=-1)  # [S, n]
     own = rows >= 0
     rows = torch.where(own, rows, rows[:, :1])  # the filling repeats a row: no distance grows by it
-    x = sparsify(features[rows.to(features.device)], h, own.to(features.device))  # [S, n, h]
+    x = sparsify(features[rows.to(features.device)], h, own)  # [S, n, h]
     similarity = pairwise_similarity(x, metric)  # [S, n, n]
     scale = similarity.abs().amax(1) if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=2)
     if similarity.numel() <= 1 << 16:
@@ -402,9 +416,11 @@ def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, me
     own = own.to(similarity.device)
     similarity = similarity.double().masked_fill_(~(own[:, :, None] & own[:, None]), 0)
     tie = TIE * own.sum(1, keepdim=True) * scale.amax(1, keepdim=True).double()
-    picks = [row[:budget] for row, budget in zip(greedy_picks(similarity, max(budgets), tie), budgets, strict=True)]
-    sizes = [cluster_sizes(s[: len(r), : len(r)], p) for s, r, p in zip(similarity, sets, picks, strict=True)]
-    return [r[p.cpu()] for r, p in zip(sets, picks, strict=True)], [size.cpu() for size in sizes]
+    index = greedy_picks(similarity, max(budgets), tie)  # [S, k]
+    unused = torch.arange(max(budgets)) >= torch.tensor(budgets)[:, None]
+    sizes = cluster_sizes(similarity, index, own, unused.to(own.device)).cpu()
+    picks = [s[i[:budget]] for s, i, budget in zip(sets, index.cpu(), budgets, strict=True)]
+    return picks, [size[:budget] for size, budget in zip(sizes, budgets, strict=True)]
 
 
 # --------------------------------------------------------------------------- losses at the supervised positions only

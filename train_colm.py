@@ -737,6 +737,7 @@ def pick_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
         return Choice(shuffled[:k], torch.ones(k), kept)
 
     probed = (~is_kept).nonzero()[:, 0]  # DIFFERS 11: kept examples need no probe
+    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
     gradients, mine = probe_pool(run, pool[probed], step)
     clock.mark("probe")
     # SPSA: every rank holds all derivatives and does the rest alone. Exact gradients: each rank holds its own rows.
@@ -747,14 +748,14 @@ def pick_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     features = own.new_zeros(len(pool), own.shape[1])
     features[probed[mine].to(device, non_blocking=True)] = own
     features = add_up(features)
-    skipped = int((~features.isfinite().all(1)).sum())
+    skipped = (~features.isfinite().all(1)).sum()  # read when the selection has waited for the device
     coreset = select_coreset(features, sources, k, run.keep, args.sparsify_dims, args.similarity)
     if not len(coreset.index):  # nothing kept, no probe finite: the loss will tell whether training can go on
         return Choice(torch.randperm(len(pool), generator=generator)[:k], torch.ones(k), kept, skipped_probes=len(pool))
     index, weight = run.from_main(torch.stack(coreset))  # [K], [K]
     chosen = torch.isin(probed, index)  # [n] the medoids among the probed
+    skipped = int(skipped)
     history = (*map(add_up, gradients.sums(chosen[mine], device)), int(chosen.sum()))
-    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
     return Choice(index, weight, kept, tokens, skipped, history)
 
 

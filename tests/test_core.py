@@ -350,6 +350,9 @@ def test_small_blocks_of_gradients_are_joined_up_to_a_chunk(monkeypatch):
     groups = groups_of(gradients.blocks, 5)
     assert [len(group) for group in groups] == [2, 1, 2] and groups_of([], 5) == []
     assert torch.equal(torch.cat([part for group in groups for part in group]), normal(12, 7))
+    gradients.blocks[:4] = [block.to("meta") for block in gradients.blocks[:4]]  # the last lies on the host
+    list(gradients.chunks("meta"))
+    assert [len(block) for block in gradients.blocks] == [5, 4, 2, 1] and gradients.blocks[-1].device.type == "cpu"
 
 
 @pytest.mark.parametrize("directions", [1, 3])
