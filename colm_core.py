@@ -25,7 +25,7 @@ README gives the reason under the same number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -423,205 +423,23 @@ def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, me
     return picks, [size[:budget] for size, budget in zip(sizes, budgets, strict=True)]
 
 
-# --------------------------------------------------------------------------- losses at the supervised positions only
+# ----------------------------------------------------------------------------------------- per-example losses, plainly
 
 
-class MicroBatch(NamedTuple):
-    """Examples as a model takes them: right-padded rows, or all in one row, which `offsets` tells apart."""
+def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """L_i = mean of -log p over example i's supervised tokens, [C, B] in nats, in one `model(...)`.
 
-    input_ids: Tensor  # [B, T], or [1, T] packed
-    positions: Tensor  # [M] flat positions in B * T that predict a completion token
-    targets: Tensor  # [M] those tokens
-    rows: Tensor  # [M] the example each belongs to
-    counts: Tensor  # [n] supervised tokens of each example
-    lengths: Tensor  # [n] all its tokens
-    offsets: Tensor | None = None  # [slots] first token of each packed example, then their end; int32
-    position_ids: Tensor | None = None  # [1, T]
-    longest: int = 0  # at least the length of every packed example
-
-    def to(self, device) -> MicroBatch:
-        return MicroBatch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
-
-    def pin(self) -> MicroBatch:
-        return MicroBatch(*(t.pin_memory() if isinstance(t, Tensor) else t for t in self))
-
-    def model_inputs(self) -> dict:
-        if self.offsets is None:
-            return {"input_ids": self.input_ids, "use_cache": False}
-        packed = {"cu_seq_lens_q": self.offsets, "cu_seq_lens_k": self.offsets}
-        packed |= {"max_length_q": self.longest, "max_length_k": self.longest, "position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "use_cache": False, **packed}
-
-    def per_example(self, x: Tensor) -> Tensor:
-        """Rows of single examples, zero where one has ended: [1, T, d] -> [n, L, d]; padded rows are so already."""
-        return x if self.offsets is None else unpack(x[0], self.offsets[: len(self.counts) + 1], self.longest)
-
-
-def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBatch:
-    """Pad (token ids, prompt length) pairs on the right. A causal model needs no attention mask: no real token sees
-    the padding, and no padded position predicts anything."""
-    lengths = torch.tensor([len(ids) for ids, _ in examples])
-    first = torch.tensor([max(prompt, 1) for _, prompt in examples])  # the first token has nothing that predicts it
-    input_ids = nn.utils.rnn.pad_sequence([ids.long() for ids, _ in examples], batch_first=True, padding_value=pad_id)
-    column = torch.arange(input_ids.shape[1])
-    supervised = (column >= first[:, None]) & (column < lengths[:, None])  # [B, T]
-    rows, columns = supervised.nonzero(as_tuple=True)
-    positions = rows * input_ids.shape[1] + columns - 1
-    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1), lengths)
-
-
-def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 128, slots: int = 32) -> MicroBatch:
-    """The same examples end to end in one row of a multiple of `multiple` tokens: nothing is padded, and few shapes
-    occur. `packed_attention` keeps them apart; the last tokens are an example of their own without labels."""
-    lengths = [len(ids) for ids, _ in examples]
-    total = sum(lengths)
-    size = -(-total // multiple) * multiple
-    lengths = torch.tensor([*lengths, size - total])
-    starts = lengths.cumsum(0) - lengths  # [n + 1]
-    offsets = torch.full((-(-(len(examples) + 2) // slots) * slots,), size, dtype=torch.int32)
-    offsets[: len(starts)] = starts
-    first = torch.tensor([*(max(prompt, 1) for _, prompt in examples), size])
-    input_ids = F.pad(torch.cat([ids for ids, _ in examples]).long(), (0, size - total))  # [T]
-    owner = torch.repeat_interleave(lengths, output_size=size)
-    column = torch.arange(size) - starts[owner]
-    targets = (column >= first[owner]).nonzero()[:, 0]
-    rows = owner[targets]
-    counts = torch.bincount(rows, minlength=len(examples))
-    column = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions,
-    widest = max(longest, size - total)  # and longer than any example
-    packed = {"offsets": offsets, "position_ids": column[None], "longest": widest}
-    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, lengths[:-1], **packed)
-
-
-def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Packed rows to padded ones, zero beyond each end: [T, ...] -> [len(offsets) - 1, longest, ...]."""
-    index = offsets[:-1, None] + torch.arange(longest, device=x.device)  # [n, L]
-    outside = (index >= offsets[1:, None]).view(*index.shape, *[1] * (x.dim() - 1))
-    return x[index.clamp(max=len(x) - 1)].masked_fill(outside, 0)  # no product: a neighbour's NaN would pass
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
-
-    An attention function for transformers' AttentionInterface. A GPU runs a variable-length kernel: flash attention in
-    half precision, the memory-efficient one in float32; anything else pads for the one call.
+    `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
+    where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
     """
-    offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise RuntimeError("this model's attention can't keep packed examples apart: use --no-packing")
-    window = kwargs.get("sliding_window")
-    window = None if window is None or window >= longest else window - 1  # keys before the query's own
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d_head]
-    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
-        limits = {} if window is None else {"window_size_left": window, "window_size_right": 0}
-        out = torch.ops.aten._flash_attention_forward(
-            *(q.to(v.dtype), k.to(v.dtype), v, offsets, offsets, longest, longest, dropout, True, False),
-            **(limits | {"scale": scaling}),
-        )[0]
-        return out[None], None
-    if window is not None:
-        raise RuntimeError(f"a sliding window of {window + 1} tokens needs half precision on a GPU: use --no-packing")
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
-    if v.is_cuda and v.dtype == torch.float32:
-        out = torch.ops.aten._efficient_attention_forward(
-            *(q[None].to(v.dtype), k[None].to(v.dtype), v[None], None, offsets, offsets, longest, longest),
-            *(dropout, 1, torch.is_grad_enabled()),  # 1: causal
-            scale=scaling,
-        )[0]
-        return out, None
-    offsets = offsets.unique()  # without empty slots
-    q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
-    token = torch.arange(query.shape[2], device=query.device, dtype=offsets.dtype)
-    owner = torch.searchsorted(offsets, token, right=True) - 1
-    return out[owner, token - offsets[owner]][None], None
-
-
-class LabelledLogits:
-    """Hook on the output embedding: hidden states [C * B, T, d] become [C, M, d], so logits exist only where labels do.
-
-    C = 1, or the number of perturbed copies while `VProjectionProbe.spsa` runs.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.batch: MicroBatch | None = None
-        self.handle = model.get_output_embeddings().register_forward_pre_hook(self._select)
-
-    def _select(self, module, args):
-        if self.batch is None:
-            return None  # somebody else's forward, such as generation
-        hidden = args[0].reshape(-1, self.batch.input_ids.numel(), args[0].shape[-1])  # [C, B * T, d]
-        selected = hidden.index_select(1, self.batch.positions)  # [C, M, d]
-        self.batch = None
-        return (selected, *args[1:])
-
-
-def example_losses(model: nn.Module, hook: LabelledLogits, batch: MicroBatch) -> Tensor:
-    """L_i = mean of -log p over example i's completion tokens, [C, n] in nats, in one `model(...)`.   # DIFFERS 10"""
-    hook.batch = batch
-    logits = model(**batch.model_inputs()).logits  # [C, M, V]
-    if hook.batch is not None:
-        raise RuntimeError("the model did not call its output embedding: CoLM needs a causal LM with a head module")
-    copies = len(logits)
-    tokens = TokenCrossEntropy.apply(logits.flatten(0, 1), batch.targets.repeat(copies)).view(copies, -1)  # [C, M]
-    sums = tokens.new_zeros(copies, len(batch.counts)).index_add(1, batch.rows, tokens)
-    return sums / batch.counts
-
-
-@torch.no_grad()
-def mean_hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Mean over its tokens of what the output embedding gets to see of an example, [n, d] in float32 (5.4)."""
-    hidden: list[Tensor] = []
-
-    def capture(module, args):
-        hidden.append(batch.per_example(args[0]).float())  # [n, L, d]
-        return (args[0][:, :1], *args[1:])  # nobody needs the logits
-
-    with ExitStack() as stack:
-        stack.callback(model.get_output_embeddings().register_forward_pre_hook(capture).remove)
-        model(**batch.model_inputs())
-    real = torch.arange(hidden[0].shape[1], device=hidden[0].device) < batch.lengths[:, None]  # [n, L]
-    return (hidden[0] * real[:, :, None]).sum(1) / batch.lengths[:, None]
-
-
-class TokenCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of every token, logits [M, V] and targets [M] -> [M], at least float32.
-
-    Works `chunk` rows at a time, so no float32 copy of the logits is ever whole. Backward writes the gradient over the
-    logits, so it runs once, and whatever made the logits must not need them again (a bare tanh would, and fails aloud).
-    """
-
-    chunk = 512
-
-    @classmethod
-    def compile(cls) -> None:
-        """For this process: one kernel instead of a pass for each operation, without copies and so without chunks."""
-        cls.chunk = 1 << 30
-        cls.log_sum_exp, cls.scaled_softmax_ = map(torch.compile, (cls.log_sum_exp, cls.scaled_softmax_))
-
-    @staticmethod
-    def log_sum_exp(logits: Tensor) -> Tensor:
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
-
-    @staticmethod
-    def scaled_softmax_(logits: Tensor, lse: Tensor, scale: Tensor) -> None:
-        logits.copy_((logits.to(lse.dtype) - lse[:, None]).exp() * scale[:, None])
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        lse = torch.cat([TokenCrossEntropy.log_sum_exp(rows) for rows in logits.split(TokenCrossEntropy.chunk)])
-        log_p = logits.gather(1, targets[:, None])[:, 0].to(lse.dtype) - lse
-        ctx.save_for_backward(logits, targets, lse, log_p)
-        return -log_p
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        logits, targets, lse, log_p = ctx.saved_tensors
-        for part in zip(*(x.split(TokenCrossEntropy.chunk) for x in (logits, lse, grad)), strict=True):
-            TokenCrossEntropy.scaled_softmax_(*part)
-        at_target = log_p.expm1() * grad  # (p - 1) grad, exact where p is near 1
-        return logits.scatter_(1, targets[:, None], at_target[:, None].to(logits.dtype)), None
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    logits = model(**inputs, use_cache=False).logits  # [C * B, T, V]
+    labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
+    copies = len(logits) // len(labels)
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
+    sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
+    return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
 
 
 # ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
@@ -723,12 +541,12 @@ class VProjectionProbe:
             return lora_a(x.to(lora_a.weight.dtype)) * scaling
         return x
 
-    def gradients(self, losses: Callable[[], Tensor], batch: MicroBatch | None = None) -> Tensor:
+    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """Exact per-example gradients of the probed matrix, [n, D], by one backward pass through the last layer's tail.
 
-        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`); a packed
-        `batch` must be given too. Autograd runs from the V projection onward: its output becomes a leaf,
-        delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T: Eq. 6 for many directions.   # DIFFERS 5
+        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
+        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end. Autograd runs from the V
+        projection onward: its output becomes a leaf, delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T: Eq. 6 for many directions.   # DIFFERS 5
         """
         taped: list[Tensor] = []
 
@@ -745,8 +563,7 @@ class VProjectionProbe:
             loss = losses().sum()
             low, leaf = taped
             (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
-        if batch is not None:
-            low, delta = batch.per_example(low), batch.per_example(delta)  # [n, L, r] and [n, L, d_v]
+        low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
         dtype = torch.promote_types(low.dtype, torch.float32)
         return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
 

@@ -22,23 +22,18 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
-import gzip
 import hashlib
-import heapq
 import importlib.util
 import itertools
 import json
 import math
 import os
-import random
-import re
 import resource
 import shutil
 import signal
 import sys
 import time
-import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -58,27 +53,37 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm.auto import tqdm
 
-from colm_core import (
-    AdamMoments,
+from colm_batches import (
     LabelledLogits,
-    PoolGradients,
-    TokenCrossEntropy,
-    VProjectionProbe,
+    LossKernels,
     collate,
-    example_losses,
-    k_means,
     mean_hidden_states,
+    micro_batch_losses,
     pack,
     packed_attention,
+    plan_micro_batches,
+)
+from colm_core import (
+    AdamMoments,
+    PoolGradients,
+    VProjectionProbe,
+    k_means,
     select_coreset,
     small_sources,
     sparse_features,
 )
-
-
-class UserError(Exception):
-    """Something the user can mend: one line with the value, the rule and the remedy; exit code 2."""
-
+from colm_data import (
+    Parser,
+    TokenizedRows,
+    UserError,
+    config_flags,
+    demo_rows,
+    load_tokenizer,
+    read_rows,
+    remove,
+    replacing,
+    tokenize,
+)
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
@@ -97,11 +102,6 @@ FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other o
     *("report_to", "trust_remote_code", "train_file"),  # paths may move; the data is compared
     *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}: see {self.prog} --help")
 
 
 def build_parser() -> Parser:
@@ -174,24 +174,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def config_flags(path: str) -> list[str]:
-    import yaml  # comes with accelerate
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {' '.join(str(error).split())}: give a readable YAML file") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path} is not a mapping: write one flag a line, as in 'pool_size: 128'")
-    flags = []
-    for key, value in settings.items():
-        if isinstance(value, bool):
-            flags.append(f"--{'' if value else 'no-'}{key}")
-        elif value is not None:
-            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Rules that need no data."""
     positive = ["pool_size", "coreset_size", "num_directions", "spsa_eps", "sparsify_dims", "lora_alpha"]
@@ -228,216 +210,6 @@ def check_args(args: argparse.Namespace) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
-PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
-
-
-def demo_rows(split: str, scale: int = 1) -> list[dict]:
-    """A generated, imbalanced mixture of seven instruction sources; four lie below the mean size."""
-    rng = random.Random(f"colm demo {split}")
-    words = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lynx", "mole", "newt"]
-
-    def sentence(low=2, high=5):
-        return " ".join(rng.choices(words, k=rng.randint(low, high)))
-
-    def numbers():
-        return rng.randint(0, 99), rng.randint(0, 99)
-
-    def make(source):
-        text, (a, b) = sentence(), numbers()
-        return {
-            "repeat": (f"Repeat: {text}", text),
-            "reverse": (f"Reverse the words: {text}", " ".join(text.split()[::-1])),
-            "compare": (f"Which is larger, {a} or {b}?", str(max(a, b))),
-            "add": (f"Add {a} and {b}.", f"{a} + {b} = {a + b}"),
-            "count": (f"How many words: {text}", str(len(text.split()))),
-            "sort": (f"Sort the words: {text}", " ".join(sorted(text.split()))),
-            "last": (f"Name the last word: {text}", text.split()[-1]),
-        }[source]
-
-    sizes = {"repeat": 60, "reverse": 40, "compare": 30, "add": 8, "count": 6, "sort": 4, "last": 2}
-    rows = [(source, *make(source)) for source, size in sizes.items() for _ in range(size * scale)]
-    return [{"source": source, "instruction": prompt, "output": answer} for source, prompt, answer in rows]
-
-
-def read_rows(path: str) -> tuple[list[dict], list[str]]:
-    """Rows of a file or hub dataset, and where each stands, for error messages."""
-    file = Path(path)
-    if not file.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and not re.search(r"\.(jsonl?|gz)$", path):
-            return read_hub(path)
-        raise UserError(f"{path} does not exist: give a .json or .jsonl file, or a hub dataset id such as org/name")
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as f:
-            text = f.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path} can't be read ({error}): give a UTF-8 .json or .jsonl file, plain or .gz") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty: give a file with rows")
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}): mend that line") from None
-        if not rows:
-            raise UserError(f"{path} holds no rows: give a file with rows")
-        return rows, [f"{path} row {i + 1}" for i in range(len(rows))]
-    rows, places = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number}: broken JSON ({error.msg}): mend that line") from None
-            places.append(f"{path} line {number}")
-    return rows, places
-
-
-def read_hub(name: str) -> tuple[list[dict], list[str]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"{name} is no file; a hub dataset needs a package: pip install datasets") from None
-    path, _, split = name.partition(":")
-    try:
-        rows = list(load_dataset(path, split=split or "train"))
-    except Exception as error:  # the hub's errors have no common class
-        raise UserError(
-            f"{name}: {' '.join(str(error).split())[:200]}: give a file or a reachable dataset id"
-        ) from None
-    return rows, [f"{name} row {i + 1}" for i in range(len(rows))]
-
-
-def prompt_and_completion(row: dict, place: str, tokenizer) -> tuple[str, str]:
-    """The two texts of a row; the prompt carries no loss."""
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is a {type(row).__name__}: every row must be a JSON object")
-    if "messages" in row:
-        return chat_texts(row["messages"], place, tokenizer)
-    names = ("prompt", "completion") if "prompt" in row else ("instruction", "output")
-    for name in names + (("input",) if row.get("input") and names[0] == "instruction" else ()):
-        if name not in row:
-            raise UserError(
-                f"{place} has no field {name!r}: give instruction and output, prompt and completion, or messages"
-            )
-        if not isinstance(row[name], str):
-            raise UserError(f"{place}: field {name!r} is a {type(row[name]).__name__}: it must be a string")
-    if names[0] == "prompt":
-        return row["prompt"], row["completion"]
-    if row.get("input"):
-        head = f"{PROMPT_WITH_INPUT}### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}"
-    else:
-        head = f"{PROMPT}### Instruction:\n{row['instruction']}"
-    return head + "\n\n### Response:", row["output"]
-
-
-def chat_texts(messages, place: str, tokenizer) -> tuple[str, str]:
-    """The last assistant turn is the completion; everything before it is the prompt."""
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(f"{place}: messages must be a list of role and content that ends with an assistant's turn")
-    if not tokenizer.chat_template:
-        raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise what their authors chose, such as "roles must alternate"
-        raise UserError(f"{place}: the chat template refuses these messages ({error}): mend the row") from None
-    if not whole.startswith(prompt):  # templates that add a thinking block to the generation prompt, for instance
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False)
-        if not whole.startswith(prompt):
-            raise UserError(f"{place}: the chat template rewrites earlier turns: use prompt and completion")
-    return prompt, whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
-
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 can't
-
-
-@dataclass
-class TokenizedRows:
-    """Token ids of all rows in one flat tensor; row i is ids[offsets[i]:offsets[i + 1]]."""
-
-    ids: Tensor  # int32
-    offsets: list[int]
-    prompts: list[int]  # prompt tokens of each row
-    sources: Tensor  # [rows] into names
-    numbers: Tensor  # [rows] 0-based row numbers of the file
-    names: list[str]
-    shortened: int
-    dropped: int
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def example(self, i: int) -> tuple[Tensor, int]:
-        return self.ids[self.offsets[i] : self.offsets[i + 1]], self.prompts[i]
-
-    def length(self, i: int) -> int:
-        return self.offsets[i + 1] - self.offsets[i]
-
-    def completion_tokens(self, rows: Tensor) -> Tensor:
-        """Supervised tokens of each of `rows`: all but the prompt's, and but a first token without a prompt. [n]"""
-        return torch.tensor([self.length(i) - max(1, self.prompts[i]) for i in rows.tolist()], dtype=torch.float32)
-
-    def fingerprint(self) -> str:
-        """Equal for equal training data: what a resumed run compares."""
-        digest = hashlib.sha256(self.ids.numpy().tobytes())
-        digest.update(repr((self.offsets[-1], self.prompts, self.sources.tolist(), self.names)).encode())
-        return f"{len(self)} rows {digest.hexdigest()[:16]}"
-
-
-def start_tokens(tokenizer) -> list[int]:
-    """Special tokens that the tokenizer puts before every text, such as BOS."""
-    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return whole[: whole.index(plain[0])]
-
-
-def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
-    """Tokenise prompts and completions apart, add EOS, shorten long prompts from the left, drop what can't be kept.
-
-    Prompts carry no loss; the end of an answer is never cut.   # DIFFERS 12
-    """
-    named = [isinstance(row, dict) and row.get(args.source_field) is not None for row in rows]
-    has_sources = any(named)
-    start, source_of = start_tokens(tokenizer), {name: q for q, name in enumerate(names)}
-    ids, offsets, prompts, sources, numbers, shortened, dropped = [], [0], [], [], [], 0, 0
-    for first in tqdm(range(0, len(rows), 1000), "tokenising", unit="k rows", disable=not show, leave=False):
-        part = range(first, min(first + 1000, len(rows)))
-        texts = [prompt_and_completion(rows[i], places[i], tokenizer) for i in part]
-        for i, text in zip(part, texts, strict=True):
-            if has_sources and not named[i]:
-                raise UserError(f"{places[i]} has no field {args.source_field!r}, other rows do: name its source")
-            if LONE_SURROGATE.search("".join(text)):
-                raise UserError(f"{places[i]} has half a surrogate pair (\\ud800 to \\udfff): mend the row")
-        heads, tails = (
-            tokenizer([text[k] for text in texts], add_special_tokens=False, verbose=False)["input_ids"] for k in (0, 1)
-        )
-        for i, prompt, completion in zip(part, heads, tails, strict=True):
-            begin, completion = start, [*completion, tokenizer.eos_token_id]
-            if "messages" in rows[i]:  # the template has added BOS
-                begin = [token for token in prompt[:1] if token == tokenizer.bos_token_id]
-                prompt = prompt[len(begin) :]
-            room = args.max_length - len(begin) - len(completion)
-            if room < bool(prompt) or not (begin or prompt or len(completion) > 1):
-                dropped += 1
-                continue
-            shortened += len(prompt) > room
-            ids.append(torch.tensor([*begin, *prompt[max(0, len(prompt) - room) :], *completion], dtype=torch.int32))
-            offsets.append(offsets[-1] + len(ids[-1]))
-            prompts.append(len(ids[-1]) - len(completion))
-            sources.append(source_of.setdefault(str(rows[i][args.source_field]) if named[i] else "all", len(source_of)))
-            numbers.append(i)
-    if not ids:
-        raise UserError(f"{places[0].rsplit(' ', 2)[0]}: no row has a completion within --max_length: raise it")
-    sources, numbers = torch.tensor(sources), torch.tensor(numbers)
-    return TokenizedRows(torch.cat(ids), offsets, prompts, sources, numbers, list(source_of), shortened, dropped)
-
-
 # ------------------------------------------------------------------------------------------------- model and adapters
 
 LORA_TARGETS = {  # q, k, v, o unless the paper or the architecture says otherwise (Appendix C)
@@ -446,34 +218,6 @@ LORA_TARGETS = {  # q, k, v, o unless the paper or the architecture says otherwi
     "gpt2": ["c_attn"],
     "gpt_neox": ["query_key_value", "dense"],
 }
-
-
-def load_tokenizer(args):
-    if args.model is None:
-        return demo_tokenizer()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # the hub, the tokenizers library and remote code each raise their own kinds
-        raise UserError(
-            f"--model {args.model}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}): "
-            "give a folder with config.json and a tokenizer, or a reachable hub id"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no EOS token, which ends every completion: set one")
-    return tokenizer
-
-
-def demo_tokenizer():
-    """A byte-level BPE of 512 tokens, trained on the generated mixture in a blink."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    texts = ("".join(prompt_and_completion(row, "", None)) for row in demo_rows("train"))
-    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<|end|>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def load_model(args, accelerator: Accelerator, tokenizer):
@@ -562,36 +306,6 @@ def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
     return order[position * size : (position + 1) * size]
 
 
-def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int, packed: bool) -> list[list[list[int]]]:
-    """Micro-batches [rank][i] of item numbers, at most `max_tokens` tokens each, padding included.
-
-    All ranks get the same number of micro-batches and about the same tokens; one without items is run with weight 0.
-    """
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if packed:
-        count = min(-(-sum(lengths) // (max_tokens * ranks)), -(-len(lengths) // ranks))
-        while True:
-            bins: list[list[int]] = [[] for _ in range(count * ranks)]
-            loads = [(0, b) for b in range(len(bins))]
-            for item in longest_first:  # into the emptiest
-                load, b = loads[0]
-                bins[b].append(item)
-                heapq.heapreplace(loads, (load + lengths[item], b))
-            if all(load <= max_tokens or len(bins[b]) == 1 for load, b in loads):
-                return [bins[rank::ranks] for rank in range(ranks)]
-            count += 1
-    plans: list[list[list[int]]] = []
-    for rank in range(ranks):
-        plans.append([])
-        for turn, start in enumerate(range(0, len(lengths), ranks)):  # deal there and back, so that shares are even
-            for item in longest_first[start : start + ranks][rank if turn % 2 == 0 else ranks - 1 - rank :][:1]:
-                if not plans[rank] or (len(plans[rank][-1]) + 1) * lengths[plans[rank][-1][0]] > max_tokens:
-                    plans[rank].append([])
-                plans[rank][-1].append(item)
-    count = max(map(len, plans))
-    return [plan + [[]] * (count - len(plan)) for plan in plans]
-
-
 # ------------------------------------------------------------------------------------------ a run, and its collectives
 
 
@@ -607,7 +321,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: object
     probe: VProjectionProbe
-    hook: LabelledLogits
+    labelled_logits: LabelledLogits
     moments: AdamMoments
     trained: list[torch.nn.Parameter]
     modules: list[torch.nn.Module]
@@ -700,7 +414,7 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
 
 def token_weights(run: Run, rows: Tensor) -> Tensor:
     """Weights of the losses of dataset `rows` by --example_weights, [n]."""
-    return run.train.completion_tokens(rows) ** TOKEN_POWER[run.args.example_weights]
+    return run.train.supervised_tokens(rows) ** TOKEN_POWER[run.args.example_weights]
 
 
 def candidates(run: Run, pool: Tensor, step: int) -> Tensor:
@@ -805,13 +519,13 @@ def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor
 
         def losses(batch=batch):
             with run.accelerator.autocast():
-                return example_losses(run.inner, run.hook, batch)
+                return micro_batch_losses(run.inner, run.labelled_logits, batch)
 
         if args.probe == "spsa":
             values = probe.spsa(losses, gradients.z, args.spsa_eps, args.spsa_wide_tail)  # [B, directions]
             derivatives[torch.tensor(items).long().to(device, non_blocking=True)] = values[: len(items)].float()
         else:
-            values = probe.gradients(losses, batch)  # [B, D]
+            values = probe.gradients(losses, batch.per_example)  # [B, D]
             gradients.add(values[: len(items)])
         mine += items
     if args.probe == "spsa":
@@ -835,7 +549,7 @@ def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
     for items, batch, last in run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch):
         with nullcontext() if last else run.accelerator.no_sync(run.model):
             with run.accelerator.autocast():
-                losses = example_losses(run.model, run.hook, batch)[0]  # [B]
+                losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
             loss = (losses * share[items].to(run.device, non_blocking=True)).sum() if items else losses.sum() * 0
             (loss * run.ranks).backward()  # DDP and FSDP take the mean over ranks
         total += loss.detach()
@@ -867,7 +581,7 @@ def evaluate(run: Run) -> dict:
     run.mode(training=False)
     for items, batch, _ in run.micro_batches(data, list(range(len(data))), run.args.max_tokens_per_micro_batch):
         with run.accelerator.autocast():
-            losses = example_losses(run.inner, run.hook, batch)[0].double()
+            losses = micro_batch_losses(run.inner, run.labelled_logits, batch)[0].double()
         values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
         sums.index_add_(0, data.sources[items].to(device), values[: len(items)])
     sums = run.add_up(sums).cpu()
@@ -952,26 +666,6 @@ def rewind(folder: Path, step: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@contextmanager
-def replacing(path: Path):
-    """Write a file or folder aside and rename it: a kill at any instant leaves the old one or the new one."""
-    aside, old = path.with_name(f"tmp-{path.name}"), path.with_name(f"tmp-old-{path.name}")
-    try:
-        yield aside
-        if path.is_dir():  # no folder can be renamed onto another
-            os.replace(path, old)
-        os.replace(aside, path)
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        remove(old)
-        remove(aside)
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -1213,7 +907,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     run = Run(
         *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
         probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
-        hook=LabelledLogits(accelerator.unwrap_model(model)),
+        labelled_logits=LabelledLogits(accelerator.unwrap_model(model)),
         moments=AdamMoments(optimizer.defaults["betas"]),
         trained=[p for p in model.parameters() if p.requires_grad],
         modules=list(model.modules()),
@@ -1252,7 +946,7 @@ def compile_layers(run: Run) -> None:
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
-    TokenCrossEntropy.compile()
+    run.labelled_logits.kernels = LossKernels.compiled()
     for layer in run.probe.layers:
         layer.compile(dynamic=True)
 
