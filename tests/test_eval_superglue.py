@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_superglue as sg
-from train_colm import demo_tokenizer
+from colm_data import demo_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
