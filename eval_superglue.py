@@ -301,7 +301,7 @@ def read_hub(task: str, where: str) -> tuple[list[dict], list[str]]:
         from datasets import load_dataset
     except ImportError:
         raise UserError(
-            f"{task}: {where} is read from the hub, which needs a package: pip install datasets, or give {task}=FILE"
+            f"{task}: {where} is no file, and the hub needs a package: pip install datasets, or give {task}=FILE"
         ) from None
     path, *config, split = where.split(":")  # the config may be left out
     rows, places = [], []
@@ -366,10 +366,11 @@ def release_form(task: str, row: dict) -> dict:
     if task == "DROP" and "section_id" in row:
         if "answers_spans" in row:  # ucinlp/drop
             raise ValueError("it joins all accepted answers in one list, use EleutherAI/drop")
-        question = {"question": row["question"], "answer": row["answer"], "validated_answers": []}
-        validated = row.get("validated_answers") or {"number": [], "date": [], "spans": []}
-        for number, date, spans in zip(validated["number"], validated["date"], validated["spans"], strict=True):
-            question["validated_answers"].append({"number": number, "date": date, "spans": spans})
+        validated = row["validated_answers"]
+        if isinstance(validated, dict):  # `datasets` turns a list of dicts into a dict of lists
+            columns = zip(validated["number"], validated["date"], validated["spans"], strict=True)
+            validated = [{"number": number, "date": date, "spans": spans} for number, date, spans in columns]
+        question = {"question": row["question"], "answer": row["answer"], "validated_answers": validated}
         return {"passage": row["passage"], "qa_pairs": [question], "source": row["section_id"].split("_")[0]}
     return row
 
@@ -383,29 +384,31 @@ def join_multirc(rows: list[dict], places: list[str]) -> tuple[list[dict], list[
 
     A question is right where all of its answers are, and its answers share their passage: both need them together.
     """
-    passages, starts = [], []
-    known: dict[tuple, dict] = {}  # (paragraph) -> passage, (paragraph, question) -> question
+    joined, starts = [], []
+    passages: dict[int, dict] = {}  # by the number of the paragraph
+    questions: dict[tuple, dict] = {}  # by the numbers of paragraph and question
     for row, place in zip(rows, places, strict=True):
-        if not isinstance(row, dict) or "paragraph" not in row:  # the release's, or no row: see read_task
-            passages.append(row)
+        if not isinstance(row, dict) or "paragraph" not in row:  # the release's form, or what read_task refuses
+            joined.append(row)
             starts.append(place)
             continue
-        paragraph, number = row["idx"]["paragraph"], row["idx"]["question"]
-        if (paragraph,) not in known:
-            known[paragraph,] = {"text": row["paragraph"], "questions": []}
-            passages.append({"passage": known[paragraph,]})
+        paragraph, question = row["idx"]["paragraph"], row["idx"]["question"]
+        if paragraph not in passages:
+            passages[paragraph] = {"text": row["paragraph"], "questions": []}
+            joined.append({"passage": passages[paragraph]})
             starts.append(place)
-        if (paragraph, number) not in known:
-            known[paragraph, number] = {"question": row["question"], "answers": []}
-            known[paragraph,]["questions"].append(known[paragraph, number])
-        known[paragraph, number]["answers"].append({"text": row["answer"], "label": row["label"]})
-    return passages, starts
+        if (paragraph, question) not in questions:
+            questions[paragraph, question] = {"question": row["question"], "answers": []}
+            passages[paragraph]["questions"].append(questions[paragraph, question])
+        answer = {"text": row["answer"], "label": row["label"]}
+        questions[paragraph, question]["answers"].append(answer)
+    return joined, starts
 
 
 def read_task(name: str, where: str) -> list[Example]:
     """Every question of a file or hub dataset; whatever is amiss with it ends here."""
     task = TASKS[name]
-    examples, place = [], where
+    examples, place, unanswered = [], where, 0
     try:
         rows, places = read_table(name, where)
         if name == "MultiRC":
@@ -415,6 +418,9 @@ def read_task(name: str, where: str) -> list[Example]:
                 gold = question.accepted
                 if question.options:  # ReCoRD accepts spellings that are no entity of the passage
                     gold = [answer for answer in question.accepted if answer in question.options]
+                if name == "DROP" and not gold:  # a few questions of the release
+                    unanswered += 1
+                    continue
                 if not gold:
                     known = "an answer (as in SQuAD 2.0)"
                     if question.options:
@@ -427,6 +433,8 @@ def read_task(name: str, where: str) -> list[Example]:
         raise UserError(f"{place} has no field {error}: give a labelled file in {name}'s release format") from None
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{place} can't be read as {name} ({error}): give a file in its release format") from None
+    if unanswered and os.environ.get("RANK", "0") == "0":
+        print(f"{where}: {unanswered} questions have no answer and are left out", file=sys.stderr)
     if not examples:
         raise UserError(f"{where} holds no question of {name}: give a file in its release format")
     return examples

@@ -141,6 +141,16 @@ def test_drop_files_of_many_lines(tmp_path):
     assert [e.gold for e in examples] == [[["10"]], [["Al", "Bo"]], [["3 May 1990"], ["May 1990"]]]
 
 
+def test_drop_questions_without_an_answer_are_left_out(tmp_path, capsys):
+    silent = {"question": "Why?", "answer": {"number": "", "spans": [], "date": NO_DATE}}
+    some = {"nfl_1": DROP["nfl_1"] | {"qa_pairs": [silent, *DROP["nfl_1"]["qa_pairs"]]}}
+    examples = sg.read_task("DROP", str(write(tmp_path / "f", some)))
+    assert [e.id for e in examples] == ["DROP 0.1", "DROP 0.2", "DROP 0.3"]
+    assert capsys.readouterr().err == f"{tmp_path / 'f'}: 1 questions have no answer and are left out\n"
+    with pytest.raises(sg.UserError, match="holds no question of DROP"):
+        sg.read_task("DROP", str(write(tmp_path / "f", {"nfl_1": {"passage": "x", "qa_pairs": [silent]}})))
+
+
 def test_limit_draws_passages_of_each_file(tmp_path):
     tasks = [f"MultiRC={write(tmp_path / 'm', [MULTIRC] * 5)}", f"SQuAD={write(tmp_path / 's', squad('abcdef'))}"]
     drawn = [sg.read_tasks(argparse.Namespace(command="score", tasks=tasks, limit=2, seed=seed)) for seed in (0, 0, 1)]
@@ -260,6 +270,8 @@ def test_hub_ids(hub):
         assert [e.gold for e in read(f"BoolQ={where}")] == [[True]]
     splits = [(None, "validation"), (None, "test"), ("default", "train")]
     assert hub.asked == [("google/boolq", *split) for split in splits]
+    hub.rows = [HUB_ROWS["DROP"][0] | {"validated_answers": [{"number": "7", "date": NO_DATE, "spans": []}]}]
+    assert [e.gold for e in read("DROP")] == [[["10"], ["7"]]]  # a list of dicts, as newer copies may have it
 
 
 def test_hub_errors(hub, tmp_path, monkeypatch, capsys):
@@ -273,6 +285,8 @@ def test_hub_errors(hub, tmp_path, monkeypatch, capsys):
     )
     hub.rows = [NFL | {"question": "Who?", "answers_spans": {"spans": ["Al"], "types": ["span"]}}]
     assert "use EleutherAI/drop" in error("DROP=ucinlp/drop")
+    hub.rows = [HUB_ROWS["DROP"][0] | {"validated_answers": {"number": ["1"], "date": [], "spans": []}}]
+    assert "EleutherAI/drop:default:train row 1 can't be read as DROP (zip() argument 2 is shorter" in error("DROP")
     hub.rows = [{"paragraph": "x", "question": "y"}]
     assert "no field 'idx'" in error("MultiRC")
     assert "CB/val.jsonl does not exist" in error("CB=CB/val.jsonl")  # a path, though it looks like an id
