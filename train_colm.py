@@ -729,7 +729,9 @@ def load_adapter(model, checkpoint: Path) -> None:
         peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(checkpoint), device="cpu"))
     except Exception as error:  # a cut or foreign file fails in many ways
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{checkpoint}: its adapter can't be read ({reason}): use another checkpoint") from None
+        raise UserError(
+            f"{checkpoint}/adapter_model.safetensors can't be read ({reason}): use another checkpoint"
+        ) from None
 
 
 def add_lora(model, args):
@@ -813,9 +815,8 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
 
 
 def make_accelerator(args) -> Accelerator:
-    accelerator = Accelerator(
-        log_with=[name for name in args.report_to if name != "png"] or None, project_dir=args.output_dir
-    )
+    trackers = [name for name in args.report_to if name != "png"]
+    accelerator = Accelerator(log_with=trackers or None, project_dir=args.output_dir)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
@@ -1054,7 +1055,7 @@ def draw_run(run: Run) -> None:
     seconds.set_title("seconds of a step")
 
     memory.plot(steps, column("peak_gb"))
-    memory.set_ylim(0)
+    memory.set_ylim(0, 1.1 * max(column("peak_gb")))
     memory.set_title("peak memory, GB")
 
     for axes in (losses, per_source, schedule, selection, seconds):
