@@ -36,6 +36,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -816,7 +817,8 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
 
 def make_accelerator(args) -> Accelerator:
     trackers = [name for name in args.report_to if name != "png"]
-    accelerator = Accelerator(log_with=trackers or None, project_dir=args.output_dir)
+    folders = ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "tensorboard"))
+    accelerator = Accelerator(log_with=trackers or None, project_config=folders)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
@@ -1040,10 +1042,11 @@ def draw_run(run: Run) -> None:
     rate.set_ylabel("learning rate", color="C1")
     schedule.set_title("gradient norm and learning rate")
 
-    places = torch.arange(len(run.train.names))
+    places = range(len(run.train.names))
     for key, label, offset in (("pool", "of pools", -0.2), ("selected", "of coresets", 0.2)):
         count = torch.tensor(rows_by_source(run)[key])  # [sources]
-        selection.barh(places + offset, 100 * count / count.sum(), 0.4, label=label)
+        share = (100 * count / count.sum()).tolist()
+        selection.barh([place + offset for place in places], share, 0.4, label=label)
     if len(places) <= 30:
         selection.set_yticks(places, [name[:24] for name in run.train.names], fontsize="small")
     selection.invert_yaxis()
@@ -1270,7 +1273,7 @@ def open_output(run: Run, checkpoint: Path | None, start: int):
             raise UserError(f"--output_dir {folder} has been written to by another run: start again")
         stale = [path for path in checkpoints(folder) if run.args.overwrite or step_of(path) > start]
         if run.args.overwrite:
-            stale.append(folder / "final")
+            stale += [folder / "final", folder / "tensorboard", folder / "wandb_id"]
         for path in [*folder.glob("tmp-*"), *stale]:
             remove(path)
         rewind(folder, start if checkpoint else -1)
@@ -1337,6 +1340,23 @@ def summary(run: Run, final: Path) -> str:
     return "\n".join(lines)
 
 
+def start_trackers(run: Run, start: int) -> None:
+    """Begin the curves of --report_to, or continue those of the run that is resumed."""
+    args, folder = run.args, Path(run.args.output_dir)
+    options = {}
+    if "tensorboard" in args.report_to and start > 0:
+        options["tensorboard"] = {"purge_step": start + 1}  # steps that will be made again are shown once
+    if "wandb" in args.report_to and run.accelerator.is_main_process:
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        name = args.run_name or folder.absolute().name
+        options["wandb"] = {"name": name, "id": identity.read_text(), "resume": "allow"}
+    project = os.environ.get("WANDB_PROJECT", "colm")
+    config = {name: str(value) for name, value in vars(args).items()}
+    run.accelerator.init_trackers(project, config=config, init_kwargs=options)
+
+
 def stop_on_signals(run: Run) -> None:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run after the step under way, with a checkpoint."""
 
@@ -1377,8 +1397,7 @@ def main(argv: list[str]) -> None:
     check_agreement(run, start)
     stop_on_signals(run)
     with open_output(run, checkpoint, start):
-        if args.report_to:
-            accelerator.init_trackers("colm", config={name: str(value) for name, value in vars(args).items()})
+        start_trackers(run, start)
         announce(run)
         train_loop(run, start)
         final = save_final(run)
