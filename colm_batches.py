@@ -177,33 +177,51 @@ def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
+    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_v].
 
-    An attention function for transformers' AttentionInterface. A GPU runs a variable-length kernel: flash attention in
-    half precision, the memory-efficient one in float32; anything else pads for the one call.
+    An attention function for transformers' AttentionInterface. The width of V may differ from that of Q and K. A GPU
+    runs a variable-length kernel: flash attention in half precision, the memory-efficient one in float32. What those
+    can't do (wide heads, a window in float32) and other devices pad for the one call.
     """
     offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise RuntimeError("this model's attention can't keep packed examples apart: use --no-packing")
+    if offsets is None:
+        raise RuntimeError("the model does not tell its attention where packed examples begin: use --no-packing")
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:  # no kernel below caps scores or has sinks
+        raise RuntimeError("packed attention has no soft cap and no attention sinks, this model does: use --no-packing")
     window = kwargs.get("sliding_window")  # tokens a query sees, its own included
     if window is not None and window >= longest:
         window = None  # no example is long enough to notice
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d_head]
-    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+    if scaling is None:
+        scaling = q.shape[-1] ** -0.5  # the kernels' own default would count the columns that they are padded with
+    half = v.dtype in (torch.bfloat16, torch.float16)
+    if v.is_cuda and half and _flash_takes(max(q.shape[-1], v.shape[-1]), v.device):
         return _flash_varlen(q, k, v, offsets, longest, window, scaling, dropout)[None], None
-    if window is not None:
-        raise RuntimeError(f"a sliding window of {window} tokens needs half precision on a GPU: use --no-packing")
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # grouped-query attention: these two paths want a key and a value for every query head
+    if groups > 1:  # grouped-query attention: the other paths want a key and a value for every query head
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if v.is_cuda and v.dtype == torch.float32:
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings in float32 widen them
+    if v.is_cuda and v.dtype == torch.float32 and window is None:
         return _efficient_varlen(q, k, v, offsets, longest, scaling, dropout), None
+    return _padded_varlen(q, k, v, offsets, longest, window, scaling, dropout)[None], None
+
+
+def _padded_varlen(q, k, v, offsets, longest: int, window: int | None, scaling, dropout: float) -> Tensor:
+    """The plain form: pad every example to the longest, attend, and take the real tokens back; [T, heads, d_v]."""
+    total = len(q)
     offsets = offsets.unique()  # without empty slots
     q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
-    token = torch.arange(query.shape[2], device=query.device, dtype=offsets.dtype)
+    mask = None
+    if window is not None:
+        position = torch.arange(longest, device=q.device)
+        behind = position[:, None] - position  # [L, L] how far a key lies behind its query
+        mask = (behind >= 0) & (behind < window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+    ).transpose(1, 2)  # [n, L, heads, d_v]
+    token = torch.arange(total, device=q.device, dtype=offsets.dtype)
     owner = torch.searchsorted(offsets, token, right=True) - 1  # [T] the example of each token
-    return out[owner, token - offsets[owner]][None], None
+    return out[owner, token - offsets[owner]]
 
 
 # The two kernels are private operators of torch, called as seen in 2.9, 2.11 and 2.13. The public
@@ -211,24 +229,39 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 # 2.10 and 2.13.
 
 
+def _flash_takes(width: int, device: torch.device) -> bool:
+    """Heads go up to 256. Above 192 the backward fits no consumer GPU (compute capability 8.6, 8.9, 12)."""
+    if width <= 192:
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    consumer = (major == 8 and minor > 0) or major == 12
+    return width <= 256 and not consumer
+
+
 def _flash_varlen(q, k, v, offsets, longest: int, window: int | None, scaling, dropout: float) -> Tensor:
     limits = {}
     if window is not None:
         limits = {"window_size_left": window - 1, "window_size_right": 0}  # keys beside the query's own
     causal, debug_mask = True, False
+    d_v, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    width = -(-widest // 8) * 8  # the kernel has one width for Q, K and V, a multiple of 8; columns of 0 add nothing
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings in float32 widen them
-    return torch.ops.aten._flash_attention_forward(
+    if q.shape[-1] != width:
+        q, k = F.pad(q, (0, width - q.shape[-1])), F.pad(k, (0, width - k.shape[-1]))
+    if d_v != width:
+        v = F.pad(v, (0, width - d_v))
+    out = torch.ops.aten._flash_attention_forward(
         *(q, k, v, offsets, offsets, longest, longest, dropout, causal, debug_mask), scale=scaling, **limits
-    )[0]  # [T, heads, d_head]
+    )[0]  # [T, heads, width]
+    return out[..., :d_v]  # [T, heads, d_v]
 
 
 def _efficient_varlen(q, k, v, offsets, longest: int, scaling, dropout: float) -> Tensor:
     bias, causal, keep_for_backward = None, 1, torch.is_grad_enabled()
-    q, k = q.to(v.dtype), k.to(v.dtype)
     return torch.ops.aten._efficient_attention_forward(
         *(q[None], k[None], v[None], bias, offsets, offsets, longest, longest, dropout, causal, keep_for_backward),
         scale=scaling,
-    )[0]  # [1, T, heads, d_head]
+    )[0]  # [1, T, heads, d_v]
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
