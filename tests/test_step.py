@@ -89,7 +89,7 @@ SHAPING = [  # flags that shape the result: the base of the run, and what is add
     ("spsa", "--spsa_eps 3"),  # far from a derivative: the difference itself must be the formula's
     ("spsa", "--probe_module k_proj"),
     ("spsa", "--probe grad"),
-    ("spsa", "--seed 5"),
+    ("spsa", "--seed 5 --lora_r 3"),
     ("spsa", "--max_steps 6"),
     ("grad", "--similarity l2"),
     ("grad", "--similarity cosine"),
@@ -112,7 +112,6 @@ SHAPING = [  # flags that shape the result: the base of the run, and what is add
     ("grad", "--coreset_size 7"),
     ("grad", "--source_field half"),
     ("grad", "--max_length 9"),
-    ("grad", "--lora_r 3"),
     ("grad", "--lora_alpha 16"),
     ("grad", "--lora_target_modules q_proj k_proj v_proj o_proj"),
     ("grad", "--lora_r 0 --learning_rate 1e-3"),
@@ -120,8 +119,6 @@ SHAPING = [  # flags that shape the result: the base of the run, and what is add
     ("grad", "--probe_module k_proj --lora_target_modules k_proj v_proj"),
     ("grad", "--probe_module up_proj"),
     ("grad", "--learning_rate 3e-3"),
-    ("grad", "--seed 5"),
-    ("grad", "--max_steps 5"),
     ("long", "--lr_scheduler linear"),
     ("long", "--lr_scheduler constant"),
     ("long", "--warmup_ratio 0.4"),  # 2.4 of 6 steps are 3
@@ -129,7 +126,6 @@ SHAPING = [  # flags that shape the result: the base of the run, and what is add
     ("long", "--warmup_ratio 0.4 --lr_scheduler constant"),
     ("long", "--weight_decay 0.5"),
     ("long", "--max_grad_norm 1"),  # norms lie between 0.8 and 1.4
-    ("long", "--similarity cosine"),
 ]
 SPEED = [  # flags of speed, memory and records, and one that --max_steps overrides
     ("spsa", "--max_tokens_per_micro_batch 30"),
