@@ -586,7 +586,9 @@ def cage():
     try:
         exec(compile(given["source"], "<program>", "exec"), {"__name__": "__main__"})
         sys.stdout.flush()
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:  # exit() is an end like any other
+            return
         # The evaluator judges by the exception's class, not by words that a program can print, too.
         kinds = [kind.__name__ for kind in type(error).__mro__]
         told = {"kinds": kinds, "errno": getattr(error, "errno", None), "error": str(error)[:200]}
@@ -919,7 +921,7 @@ def paper_correct(row: Row, text: str) -> bool:
 
 # Ways to write the same: signs of Unicode as LaTeX, for both rules below.
 SIGNS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "}
-SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "°": r"^\circ ", "≈": r"\approx ", "′": "'", "’": "'"}
+SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "≈": r"\approx ", "′": "'", "’": "'"}
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -946,12 +948,19 @@ THOUSANDS = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?"
 POWER = r"(?: ?(?:e|(?:x|\\times|\\cdot|\*) ?10 ?(?:\^|\*\*) ?)[{(]?([-+]?\d{1,3})[)}]?)?"
 NUMBER = re.compile(rf"([-+]?) ?([$€£]?)([-+]?)(?:(?:(\d+)[ -])?(\d+) ?/ ?(\d+)|({THOUSANDS}){POWER})( ?%)?", re.I)
 
+# A unit after a formula: words in \\text, but for the last of a list, and units of two letters or more without it.
+UNIT_AT_END = "|".join(unit for unit in UNIT_OF if len(unit) > 1)
+UNIT_AT_END = rf"(?:square |cubic |sq )?(?:{UNIT_AT_END}|unit)s?"
+UNIT_AT_END = r"(?<=[\d})a-z ]) ?(?:\\(?:text|mbox|mathrm) ?\{(?! *(?:and|or)\b)[^{}]*\}|" + UNIT_AT_END
+UNIT_AT_END = re.compile(UNIT_AT_END + r")(?:\^\{?[23]\}?)?$")
+
 
 def undress(text: str) -> str:
     """A text without what only sets it: dollar signs, bold type, \\left, spacing, the full stop; Unicode as LaTeX."""
     text = re.sub(r"(\d)([¼-¾⅐-⅞])", r"\1 \2", text)  # "1½" is 1 1/2, not 11/2
     text = re.sub(r"√ ?(\d+(?:\.\d+)?|[a-z])", r"\\sqrt{\1}", re.sub(r"√ ?\(([^()]*)\)", r"\\sqrt{\1}", text))
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: "^{" + found[0].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"\^\{?\\circ\}?|\\degree\b|º", "°", text)
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/")  # ½ is 1/2 now, thin spaces are spaces
     for sign, latex in SIGNS.items():
         text = text.replace(sign, latex)
@@ -959,7 +968,7 @@ def undress(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$]*[^$\\])\$", r"\1", text)  # $...$, but not the sign of a price
     text = re.sub(r"(?<!\\)\\[()\[\]]|(?<!\\)\$(?!\d)", "", text)
     text = re.sub(r"(?:^|(?<=\s))\*\*|\*\*(?=[\s.,:;]|$)|`|\\displaystyle", "", text)  # bold type, but not a power
-    text = re.sub(r"\\left|\\right(?!arrow)|\\!|\^\{?\\circ\}?|\\(?:degree|dots)\b", "", text)
+    text = re.sub(r"\\left|\\right(?!arrow)|\\!", "", text)
     text = text.replace("\\$", "$").replace("{,}", ",")
     text = re.sub(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ",", text)  # thousands: 12\,345
     text = re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)
@@ -968,10 +977,11 @@ def undress(text: str) -> str:
     return text.rstrip(".").strip() if not text.endswith("...") else text
 
 
-def python_as_latex(text: str) -> str:
-    """Forms that Python and SymPy print, in a text without LaTeX: 3*x**2, sqrt(2), Fraction(1, 3), a matrix."""
+def formula(text: str) -> str:
+    """LaTeX for math-verify: without a unit, and what Python prints in its form: 3*x**2, sqrt(2), Fraction(1, 3)."""
+    text = UNIT_AT_END.sub("", text.replace("°", ""))
     if "\\" in text:
-        return re.sub(r"\*\*", "^", text)
+        return text.replace("**", "^")
     text = re.sub(r"\b(?:Fraction|Rational)\((-?\d+), ?(\d+)\)", r"\\frac{\1}{\2}", text)
     table = re.fullmatch(r"(?:Matrix|array|matrix|np\.array)?\(?\[(\[[^\[\]]*\](?:,? ?\[[^\[\]]*\])*)\]\)?", text)
     if table:  # [[1, 2], [3, 4]]
@@ -988,7 +998,7 @@ def python_as_latex(text: str) -> str:
 def key(text: str) -> str:
     """Texts of equal keys are equal."""
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[td]frac", r"\\frac", text)
+    text = re.sub(r"\\[td]frac", r"\\frac", text).replace("°", "")
     text = re.sub(r"_\{(\w+)\}", r"_\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold().strip(".:"))
     return re.sub(r"^\(([a-z])\)$", r"\1", text)
 
@@ -998,7 +1008,8 @@ class Number(NamedTuple):
 
     value: Fraction
     percent: bool
-    decimals: int
+    decimals: int  # 0 where none are written, or a power of ten is
+    rounded: bool  # written with decimals or a power of ten, as a float is printed
     unit: str | None
     side: str | None
 
@@ -1006,8 +1017,9 @@ class Number(NamedTuple):
 def number_of(text: str) -> Number | None:
     """The only number of a text: bare, or among words that don't change it; None for all else."""
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\[td]?frac\s*(\d|\{\s*-?\d+\s*\})\s*(\d|\{\s*\d+\s*\})", r" \1/\2 ", text)
+    text = re.sub(r"\\[td]?frac\s*(\d|\{\s*-?\d+\s*\})\s*(\d|\{\s*\d+\s*\})", r" \1/\2", text)
     text = re.sub(r"\{\s*(-?\d+)\s*\}/", r"\1/", re.sub(r"/\{\s*(\d+)\s*\}", r"/\1", text))
+    text = text.replace("°", " degrees ")
     text = re.sub(r"\\?%| per ?cent\b", "%", re.sub(r"\\approx|~|≈", " about ", text))
     text = re.sub(r"(?<=[a-z])(?:\^\{?[23]\}?)", "", text)  # cm^2: the unit, not its power, is compared
     text = re.sub(r"\s*\([a-z ,.'-]*\)$", "", text.strip(), flags=re.I)  # 5 (five)
@@ -1026,7 +1038,7 @@ def number_of(text: str) -> Number | None:
     spaced = re.search(r"[a-z0-9)]\s+$", before) and re.match(r"[-+] ", shown)
     # A letter alone is a variable, 3x or 3 x, but for "a" before and the units m, g, l, s, h, in after.
     variable = re.match(r"[a-z](?![a-z])", after) or re.search(r"(?<![a-z'])[b-hj-z](?![a-z.])", before)
-    variable = variable or re.match(r" [a-fijkn-rt-z](?![a-z.])", after)
+    variable = variable or re.match(r"\s+[a-fijkn-rt-z](?![a-z.])", after)
     other_signs = re.search(r"[^a-z\s.,:;'\"!?/-]|!!|\d", before + " " + after)
     if operation or joined or spaced or variable or other_signs:
         return None
@@ -1045,7 +1057,8 @@ def number_of(text: str) -> Number | None:
         value = -value
     decimals = len(digits.partition(".")[2]) if digits and not power else 0
     side = SIDES.search(rest)
-    return Number(value, bool(percent), decimals, unit_of(rest, dollar), side and side[0].replace(".", ""))
+    rounded = bool(decimals or power)
+    return Number(value, bool(percent), decimals, rounded, unit_of(rest, dollar), side and side[0].replace(".", ""))
 
 
 def unit_of(words: str, dollar: str) -> str | None:
@@ -1070,6 +1083,8 @@ def same_number(answer: Number, gold: Number) -> bool:
         return False
     if None not in (answer.side, gold.side) and answer.side != gold.side:
         return False
+    if (answer.percent and gold.unit) or (gold.percent and answer.unit):
+        return False
     values = [answer.value]
     if answer.percent != gold.percent:
         values.append(answer.value / 100 if answer.percent else answer.value * 100)
@@ -1077,11 +1092,9 @@ def same_number(answer: Number, gold: Number) -> bool:
         values += [Fraction(round(value, gold.decimals)) for value in values]
     # What printing a float loses: 0.333333 for 1/3, 3.0000000001 for 3, 1.2e-16 for 0.
     room = min(abs(gold.value) * Fraction(2, 10**6), Fraction(1, 1000)) or Fraction(1, 10**12)
-    for value in values:
-        whole = value.denominator == gold.value.denominator == 1
-        if value == gold.value or (not whole and abs(value - gold.value) <= room):
-            return True
-    return False
+    if not answer.rounded and not gold.rounded:  # whole numbers and fractions lose nothing
+        room = 0
+    return any(abs(value - gold.value) <= room for value in values)
 
 
 ANSWER_IS = re.compile(r"####|\banswer\s+is\b\s?:?|\banswer\s?:", re.I)
@@ -1089,9 +1102,9 @@ ANSWER_IS = re.compile(r"####|\banswer\s+is\b\s?:?|\banswer\s?:", re.I)
 
 def strict_answer(text: str) -> str:
     """What a response states: after its last "answer is", or in its last box; else its last formula or number."""
-    text = text.split("### Instruction")[0][-4000:].strip()
+    text = text.split("### Instruction")[0][-8000:].strip()
     statements = list(ANSWER_IS.finditer(text))
-    box = text.rfind("boxed")
+    box = text.rfind("\\boxed")
     if statements:
         stated = statement(text[statements[-1].end() :])
         later_box = box > statements[-1].end()
@@ -1199,7 +1212,7 @@ def strict_verdict(row: Row, text: str) -> bool | tuple[str, str]:
             return False
     if re.search(r"i\b", gold) and "j" not in gold:
         answer = re.sub(r"(?<=\d)j\b", "i", answer)  # Python's 1+2j
-    return python_as_latex(answer), python_as_latex(gold)
+    return formula(answer), formula(gold)
 
 
 def prose(text: str) -> bool:
@@ -1216,12 +1229,16 @@ def prose(text: str) -> bool:
 
 JUDGE = """
 import json, logging, signal, sys
+from dataclasses import replace
 from math_verify import LatexExtractionConfig, parse, verify
 logging.disable()
+# Without its way with units, which takes the t of 8/3 t for a ton and drops it.
+rules = LatexExtractionConfig()
+rules = [replace(rules, normalization_config=replace(rules.normalization_config, units=False))]
 for pair in map(json.loads, sys.stdin):
     signal.setitimer(signal.ITIMER_PROF, 3)  # CPU seconds; ends this process, and the pair it was at is unequal
     try:
-        answer, gold = [parse(f"${x}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None) for x in pair]
+        answer, gold = [parse(f"${x}$", rules, "no_fallback", parsing_timeout=None) for x in pair]
         print(int(verify(gold, answer, timeout_seconds=None)), flush=True)
     except Exception:
         print(0, flush=True)
@@ -1438,6 +1455,8 @@ def main(argv: list[str]) -> None:
     if not strict:
         state.print("warning: no strict score: it needs Linux and pip install 'math-verify[antlr4_13_2]'")
     model, tokenizer, room = load(args, state.device)
+    if args.chat_template:
+        chat_prompt_ids(tokenizer, "?")  # an error before anything is written
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not goes_on:
