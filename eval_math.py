@@ -89,8 +89,12 @@ HUB = {
     "svamp": [("ChilleD/SVAMP", "default", "train"), ("ChilleD/SVAMP", "default", "test")],
 }
 # These three samples are on no hub: they come from where the paper's authors published them.
-OFFICIAL = "https://raw.githubusercontent.com/BigML-CS-UCLA/CoLM/395abfd86cacb40e404bf5fd96a0b7d5918ac8a8/math_eval"
-URLS = {name: f"{OFFICIAL}/dataset/{name}/{name}.json" for name in ("numglue", "deepmind", "simuleq")}
+OFFICIAL = "https://raw.githubusercontent.com/BigML-CS-UCLA/CoLM/395abfd86cacb40e404bf5fd96a0b7d5918ac8a8"
+URLS = {
+    "numglue": f"{OFFICIAL}/math_eval/dataset/numglue/numglue.json",
+    "deepmind": f"{OFFICIAL}/math_eval/dataset/deepmind/deepmind.json",
+    "simuleq": f"{OFFICIAL}/math_eval/dataset/simuleq/simuleq.json",
+}
 
 FREE_ON_RESUME = ("output_dir", "overwrite", "data_dir", "max_tokens_per_batch")  # the others shape the predictions
 
@@ -149,13 +153,14 @@ class Row(NamedTuple):
 
 def text_field(row: dict, place: str, names: tuple[str, ...]) -> str:
     """The first of these fields that a row has, as text."""
-    found = [name for name in names if row.get(name) is not None]
-    if not found:
-        raise UserError(f"{place} has no field {' or '.join(map(repr, names))}: give a question and an answer")
-    value = row[found[0]]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise UserError(f"{place}: field {found[0]!r} is {json.dumps(value)[:80]}: it must be a text or a number")
-    return str(value)
+    for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+            raise UserError(f"{place}: field {name!r} is {json.dumps(value)[:80]}: it must be a text or a number")
+        return str(value)
+    raise UserError(f"{place} has no field {' or '.join(map(repr, names))}: give a question and an answer")
 
 
 def question_of(task: str, row: dict, place: str) -> str:
@@ -166,20 +171,26 @@ def question_of(task: str, row: dict, place: str) -> str:
     if isinstance(row.get("options"), list):  # AQuA: "A)21" -> " (A) 21"
         options = "(" + "(".join(map(str, row["options"]))
         return question.strip() + "\nAnswer Choices:" + options.replace("(", " (").replace(")", ") ")
-    return question.strip() if task == "gsm8k" else question
+    if task == "gsm8k":
+        question = question.strip()
+    return question
 
 
 def gold_of(task: str, row: dict, place: str) -> tuple[str, float | None]:
     """The gold answer as text, and as a number where the file gives both."""
     answer = row.get("answer")
     if isinstance(answer, list) and answer:  # the official MATH.json: ["1/2", 0.5], or [text, null]
-        [number] = answer[1:2] or [None]
-        text = text_field({"answer": answer[0]}, place, ("answer",))
-        return text.strip(), number if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+        text = text_field({"answer": answer[0]}, place, ("answer",)).strip()
+        number = answer[1] if len(answer) > 1 else None
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            number = None
+        return text, number
     if answer is None and "boxed" in str(row.get("solution")):  # MATH as its authors published it
         return boxed(row["solution"]).strip(), None
     gold = text_field(row, place, ("answer", "Answer", "correct")).split("####")[-1].strip()  # GSM8K's reasoning ends
-    return (gold.removesuffix(".0") if "Body" in row else gold), None
+    if "Body" in row:  # SVAMP's numbers are floats
+        gold = gold.removesuffix(".0")
+    return gold, None
 
 
 def kind_of(task: str, row: dict, gold: str) -> str:
@@ -188,7 +199,9 @@ def kind_of(task: str, row: dict, gold: str) -> str:
         return "math"
     if task == "numglue":
         return "numglue"
-    return "options" if gold in ("A", "B", "C", "D", "E") else "numbers"
+    if gold in ("A", "B", "C", "D", "E"):
+        return "options"
+    return "numbers"
 
 
 def fetch(name: str, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
@@ -199,7 +212,7 @@ def fetch(name: str, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
                 rows = json.load(answer)
         except (OSError, ValueError) as error:
             raise UserError(f"{URLS[name]}: {error}: save it as {FILES[name]} and give --data_dir") from None
-        return rows, [f"{name} row {i + 1}" for i in range(len(rows))]
+        return rows, places_of(URLS[name], rows)
     try:
         from datasets import load_dataset
     except ImportError:
@@ -213,8 +226,13 @@ def fetch(name: str, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{path}: {reason}: reach the hub, or give --data_dir with {FILES[name]}") from None
         rows += part
-        places += [f"{path}:{config}:{split} row {i + 1}" for i in range(len(part))]
+        places += places_of(f"{path}:{config}:{split}", part)
     return rows, places
+
+
+def places_of(source: str, rows: list) -> list[str]:
+    """Where each row stands, for error messages."""
+    return [f"{source} row {i + 1}" for i in range(len(rows))]
 
 
 def read_task(name: str, args: argparse.Namespace) -> list[Row]:
@@ -222,10 +240,12 @@ def read_task(name: str, args: argparse.Namespace) -> list[Row]:
     task = re.sub(r"\.jsonl?(\.gz)?$", "", Path(name).name)
     if name not in FILES and task == Path(name).name:
         raise UserError(f"--tasks {name} is unknown: choose of {', '.join(FILES)}, or give a .json or .jsonl file")
-    if name in FILES and args.data_dir is None:
-        found, places = fetch(name, args)
+    if name not in FILES:
+        found, places = read_rows(name)
+    elif args.data_dir is not None:
+        found, places = read_rows(str(Path(args.data_dir, FILES[name])))
     else:
-        found, places = read_rows(str(Path(args.data_dir, FILES[name])) if name in FILES else name)
+        found, places = fetch(name, args)
     rows = []
     for number, (row, place) in enumerate(zip(found, places, strict=True)):
         if number == args.max_rows:
@@ -525,12 +545,11 @@ def package_folders() -> list[str]:
     The child's -I hides the last two. A folder that holds the working folder, the home folder, temporary files or this
     project is left out: it may hold the gold answers.
     """
-    private = {Path.cwd(), Path.home(), Path(tempfile.gettempdir()), Path(__file__).parent}
-    private = {path.resolve() for path in private}
+    private = [Path.cwd(), Path.home(), Path(tempfile.gettempdir()), Path(__file__).parent]
     folders = []
     for entry in sys.path:
         path = Path(entry).resolve()
-        holds_private = any(path == p or path in p.parents for p in private)
+        holds_private = any(p.resolve().is_relative_to(path) for p in private)
         if entry and path.exists() and not holds_private:
             folders.append(str(path))
     return folders
@@ -538,7 +557,9 @@ def package_folders() -> list[str]:
 
 def readable_places(folder: str) -> list[str]:
     """What a program may read: Python, its packages, shared libraries, time zones, random bytes, and its own folder."""
-    python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    python = []
+    for name in ("stdlib", "platstdlib", "purelib", "platlib"):
+        python.append(sysconfig.get_path(name))
     for prefix in (sys.prefix, sys.base_prefix):
         python += [f"{prefix}/lib", f"{prefix}/lib64"]
     system = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/etc/localtime"]
@@ -622,7 +643,8 @@ def run_program(source: str, data: str = "", seconds: float = 5.0, megabytes: in
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            output, complaint = (os.pread(file.fileno(), size, 0).decode("utf-8", "replace") for file in (out, err))
+            output = os.pread(out.fileno(), size, 0).decode("utf-8", "replace")
+            complaint = os.pread(err.fileno(), size, 0).decode("utf-8", "replace")
     except OSError as error:  # no memory, process or file descriptor is left: this row's fate, not the run's
         return Result("failed", "", f"{type(error).__name__}: {error}"[:200])
     last = complaint.strip().rpartition("\n")[2]
@@ -787,7 +809,7 @@ def calculated(node: ast.AST):
         case ast.Constant(value=value):
             return value
         case ast.Tuple(elts=parts) | ast.List(elts=parts):
-            return [calculated(part) for part in parts]
+            return list(map(calculated, parts))
         case ast.UnaryOp(op=op, operand=operand):
             values = [calculated(operand)]
         case ast.BinOp(left=left, op=op, right=right):
@@ -812,9 +834,10 @@ def calculated(node: ast.AST):
             raise ValueError("not a number")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError("too large")
-    if isinstance(op, ast.Pow) and all(isinstance(value, int) for value in values):
+    if isinstance(op, ast.Pow):
         base, power = values
-        if abs(power) > 4096 or base.bit_length() * abs(power) > 4096:
+        whole = isinstance(base, int) and isinstance(power, int)  # floats and complex numbers do not grow
+        if whole and (abs(power) > 4096 or base.bit_length() * abs(power) > 4096):
             raise ValueError("too large")
     return ARITHMETIC[type(op)](*values)
 
@@ -1014,6 +1037,11 @@ class Number(NamedTuple):
     side: str | None
 
 
+def numbers_in(text: str) -> list[re.Match]:
+    """All numbers of a text; the pattern also matches where there is no digit."""
+    return [found for found in NUMBER.finditer(text) if re.search(r"\d", found[0])]
+
+
 def number_of(text: str) -> Number | None:
     """The only number of a text: bare, or among words that don't change it; None for all else."""
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}", r" \1", text)
@@ -1025,7 +1053,7 @@ def number_of(text: str) -> Number | None:
     text = re.sub(r"\s*\([a-z ,.'-]*\)$", "", text.strip(), flags=re.I)  # 5 (five)
     spelled = re.fullmatch(rf"(?:(?:{SPELLED}|zero|one|an?|and|-| )+)\((.*)\)", text, re.I)
     text = spelled[1] if spelled else text  # six (6)
-    found = [m for m in NUMBER.finditer(text) if re.search(r"\d", m[0])]
+    found = numbers_in(text)
     if len(found) != 1:
         return None
     sign, dollar, inner, whole, top, bottom, digits, power, percent = found[0].groups()
@@ -1109,8 +1137,10 @@ def strict_answer(text: str) -> str:
         stated = statement(text[statements[-1].end() :])
         later_box = box > statements[-1].end()
         says = re.search(r"[\d\\]", stated) or box < 0  # "our answer is correct" says nothing beside a box
-        if says and not (later_box and "boxed" not in stated):
-            return undress(boxed(stated) if "boxed" in stated else stated)[:400]
+        if "boxed" in stated:
+            return undress(boxed(stated))[:400]
+        if says and not later_box:
+            return undress(stated)[:400]
     if box >= 0:
         return undress(boxed(text))[:400]
     last = text.rpartition("\n")[2]
@@ -1119,8 +1149,10 @@ def strict_answer(text: str) -> str:
     formulas = re.findall(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)", last)
     if formulas and re.search(r"[\d\\]", "".join(formulas[-1])):
         return undress("".join(formulas[-1]).rpartition("=")[2])[:400]
-    numbers = [m[0] for m in NUMBER.finditer(text) if re.search(r"\d", m[0])]
-    return undress(numbers[-1] if numbers else last)[:400]
+    numbers = numbers_in(text)
+    if numbers:
+        last = numbers[-1][0]
+    return undress(last)[:400]
 
 
 def statement(rest: str) -> str:
@@ -1140,14 +1172,15 @@ def chosen(answer: str, options: dict[str, str]) -> str | None:
     for letter, text in options.items():
         if key(text.strip(" ,\n")) == words:
             return letter
-    named = set(re.findall(r"\(([A-F])\)", answer))
+    named = set(re.findall(r"\(([A-F])\)", answer)) or set(re.findall(r"\(([a-f])\)", answer))
     if not named:  # "B", "b.", "Option B", "choice B: 5", "B (car)", "B is correct"
         letter = r"(?:(?:the )?(?:correct |right )?(?:option|choice|answer)(?: is)? )?\(?([A-F])\)?"
         found = re.match(letter + r"(?:$|[.:)]| ?\(| is\b| -)", answer, re.I)
         if found and (found[1].isupper() or re.match(r".{0,3}$", answer)):  # a small "a" is an article
             named = {found[1]}
-    named = {letter.upper() for letter in named or re.findall(r"\(([a-f])\)", answer)}
-    return named.pop() if len(named) == 1 else None
+    if len(named) != 1:
+        return None
+    return named.pop().upper()
 
 
 def options_of(question: str) -> dict[str, str]:
@@ -1168,7 +1201,9 @@ def in_order(answer: str) -> str:
         if not named:
             return answer
         values.append(named[1].strip())
-    return f"({', '.join(values)})" if len(values) > 1 else answer
+    if len(values) == 1:
+        return answer
+    return f"({', '.join(values)})"
 
 
 def strict_verdict(row: Row, text: str) -> bool | tuple[str, str]:
@@ -1227,6 +1262,7 @@ def prose(text: str) -> bool:
     return False
 
 
+JUDGE_SECONDS = 3  # of CPU time for a pair; one that takes longer is a tower of powers, not an answer
 JUDGE = """
 import json, logging, signal, sys
 from dataclasses import replace
@@ -1235,8 +1271,9 @@ logging.disable()
 # Without its way with units, which takes the t of 8/3 t for a ton and drops it.
 rules = LatexExtractionConfig()
 rules = [replace(rules, normalization_config=replace(rules.normalization_config, units=False))]
-for pair in map(json.loads, sys.stdin):
-    signal.setitimer(signal.ITIMER_PROF, 3)  # CPU seconds; ends this process, and the pair it was at is unequal
+seconds, *pairs = map(json.loads, sys.stdin)
+for pair in pairs:
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # ends this process, and the pair it was at is unequal
     try:
         answer, gold = [parse(f"${x}$", rules, "no_fallback", parsing_timeout=None) for x in pair]
         print(int(verify(gold, answer, timeout_seconds=None)), flush=True)
@@ -1255,7 +1292,8 @@ def strict_scores(cases: list[tuple[Row, str]]) -> list[bool]:
     judged: list[bool] = []
     while len(judged) < len(pairs):
         some = pairs[len(judged) : len(judged) + 500]
-        ran = run_program(JUDGE, "\n".join(map(json.dumps, some)), seconds=3000, megabytes=2048)
+        lines = "\n".join(map(json.dumps, [JUDGE_SECONDS, *some]))
+        ran = run_program(JUDGE, lines, seconds=3000, megabytes=2048)
         lines = ran.output.split()
         judged += [line == "1" for line in lines]
         if len(lines) < len(some):  # the pair that ended the process is unequal
@@ -1299,7 +1337,9 @@ def merged(model: PeftModel):
     model = model.merge_and_unload()
     after = model(input_ids=ids).logits
     # Rounding in float32 stays a hundred times below this part of the largest logit.
-    return model if (after - before).abs().max() <= 1e-3 * before.abs().max() else None
+    if (after - before).abs().max() > 1e-3 * before.abs().max():
+        return None
+    return model
 
 
 def load(args: argparse.Namespace, device: torch.device):
@@ -1347,7 +1387,9 @@ def open_folder(args: argparse.Namespace, rows: list[Row]) -> tuple[dict, bool]:
     files = []
     for path in sorted(Path(args.model).glob("*.safetensors")):
         files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    settings = dict(vars(args))
+    for name in FREE_ON_RESUME:
+        del settings[name]
     settings["content"] = hashlib.sha256(repr((rows, files)).encode()).hexdigest()[:16]  # of tasks and model
     path = Path(args.output_dir, "settings.json")
     if not path.is_file() or args.overwrite:
@@ -1402,17 +1444,24 @@ def score(rows: list[Row], records: dict, strict: bool) -> None:
 def wilson(right: int, count: int, z: float = 1.959964) -> list[float]:
     """95 % interval of a proportion, in per cent (Wilson, 1927)."""
     centre, width = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
-    return [round(100 * (centre + side * width) / (count + z * z), 2) for side in (-1, 1)]
+    low, high = (centre - width) / (count + z * z), (centre + width) / (count + z * z)
+    return [round(100 * low, 2), round(100 * high, 2)]
 
 
 def report(rows: list[Row], records: dict, settings: dict, names: list[str]) -> dict:
     """The contents of results.json; prints the table."""
-    print(f"{'task':<16} {'rows':>6}" + "".join(f" {name:>8} {'95 %':>14}" for name in names))
-    tasks = {}
-    for task in dict.fromkeys(row.task for row in rows):
-        mine = [records[row.task, row.number] for row in rows if row.task == task]
+    header = f"{'task':<16} {'rows':>6}"
+    for name in names:
+        header += f" {name:>8} {'95 %':>14}"
+    print(header)
+    of_task = {}
+    for row in rows:
+        of_task.setdefault(row.task, []).append(records[row.task, row.number])
+    tasks, idle = {}, 0
+    for task, mine in of_task.items():
         found = {"rows": len(mine), "unended": sum(not r["ended"] for r in mine)}
         statuses = Counter(r["program"] for r in mine if "program" in r)
+        idle += statuses["not run"]
         if statuses:
             found["programs"] = dict(sorted(statuses.items()))
         line = f"{task:<16} {len(mine):>6}"
@@ -1423,11 +1472,11 @@ def report(rows: list[Row], records: dict, settings: dict, names: list[str]) -> 
             line += f" {value:>8.2f} {f'{low:.2f}-{high:.2f}':>14}"
         print(line, found.get("programs", ""))
         tasks[task] = found
-    average = {}
+    average, line = {}, f"{'average':<23}"
     for name in names:
         average[name] = round(sum(found[name]["score"] for found in tasks.values()) / len(tasks), 2)
-    print(f"{'average':<23}" + "".join(f" {value:>8.2f} {'':>14}" for value in average.values()))
-    idle = sum(found.get("programs", {}).get("not run", 0) for found in tasks.values())
+        line += f" {average[name]:>8.2f} {'':>14}"
+    print(line)
     if idle:
         print(f"{idle} answers hold programs, which the paper's scorer runs in this mode, too: --execute_programs")
     versions = {"python": sys.version}

@@ -103,6 +103,12 @@ x \in [1,2] | [1,2]; x \in [1,2]; [1, 2] | (1,2); [1,2); 1; [1,3]
 A | A; (A); A.; a; \text{A} | B; AB; an A or B
 33 | The total is 33; she has 33 apples left; 33 of them | 33 more; 33 fewer than 40; 133; 33,000; 33 hundred
 50 | 50; 50 cents; 50 minutes; 50 (fifty); 50 people; 50/1 | 0.50; 50 thousand; 1/50; 50x; 50:1; 1:50; 50-50; 50^2; 5 0
+\frac{8t}{3} | \frac{8}{3}t; \frac{8}{3} t; 8t/3; \frac83t | \frac{8}{3}; 8/3; \frac{3t}{8}; t
+\frac{8}{3} | 8/3; \frac83; \frac{8}{3} \text{ m} | \frac{8}{3}t; 8t/3; \frac{8}{3} t; \frac{8}{3}m; 8m/3
+20^\circ | 20; 20 degrees; 20°; 20^{\circ}; $20^\circ$ | 20\%; 20%; 0.2; 20 km; 20 cents
+-1 | -1; -1.0; -1.0000000001 | -\frac{2010012}{2010013}; -2010012/2010013; 1; -0.99
+8\sqrt{3} \text { square inches} | 8\sqrt{3}; 8\sqrt{3} square inches; 8\sqrt{3} \text{ square inches}; 8√3; 8\sqrt{3} \text{ in}^2 | 8; 3\sqrt{8}; 8\sqrt{3}x; 24
+99\pi \text{ square inches} | 99\pi; 99π; 99\pi square inches; 99 \pi \text{ square inches}; 99\pi in^2 | 99; 9\pi; 99\pi r; 99\pi^2
 """  # noqa: E501
 
 
@@ -121,7 +127,8 @@ def verdicts(rows, score="strict"):
     return [records[row.task, row.number][score] for row, _ in rows]
 
 
-def test_strict_score_of_awkward_answers():
+def test_strict_score_of_awkward_answers(monkeypatch):
+    monkeypatch.setattr(E, "JUDGE_SECONDS", 1)  # three of them would take for ever
     table = list(cases(STRICT)) + list(cases(HARD))
     assert len(table) >= 700
     rows = [(E.Row("t", i, "Why?", gold), f"The answer is {answer}.") for i, (gold, answer, _) in enumerate(table)]
@@ -420,7 +427,7 @@ HOSTILE = {  # name: program, status
     "reads the passwords": ("print(open('/etc/passwd').read())", "refused"),
     "reads the root": ("import os; print(os.listdir('/'))", "refused"),
     "listens to the terminal": ("print(open('/dev/tty').read())", "refused"),
-    "reads its pipes": ("print(open('/proc/self/fd/0').read())", "refused"),
+    "reads its own limits": ("print(open('/proc/self/limits').read())", "refused"),
     "looks at processes": ("import os; print(os.listdir('/proc'))", "refused"),
     "reads another's pipe": ("import os; print(open(f'/proc/{os.getppid()}/fd/1').read())", "refused"),
     "reads through a link": ("import os; print(open(f'/proc/{os.getppid()}/cwd/README.md').read())", "refused"),
@@ -515,28 +522,23 @@ def test_a_program_that_cannot_be_started_is_a_status(monkeypatch):
     assert E.run_program("print(1)") == ("failed", "", "BlockingIOError: [Errno 11] Resource temporarily unavailable")
 
 
-def test_a_killed_evaluator_leaves_no_program_behind(tmp_path):
-    """Killed at any moment of a program's start, the child must not outlive it: its memory limit is the mark."""
-    mark = str(1024 + os.getpid() % 1000)
-    source = "import sys; sys.path.insert(0, sys.argv[1])\nimport eval_math as E\nprint('ready', flush=True)\n"
-    source += f"E.run_program('import time; time.sleep(300)  # {mark}', seconds=300, megabytes={mark})"
-    (tmp_path / "evaluator.py").write_text(source)
-    command = [sys.executable, str(tmp_path / "evaluator.py"), str(ROOT)]
-    evaluators = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    groups = []
-    for i, evaluator in enumerate(evaluators):
-        evaluator.stdout.readline()
-        children = []
-        while not children:  # the moment the child is there, or a little later
-            children = Path(f"/proc/{evaluator.pid}/task/{evaluator.pid}/children").read_text().split()
-        time.sleep(0.05 * i)
-        evaluator.send_signal(signal.SIGKILL)
-        evaluator.communicate()
-        groups += children
-    deadline = time.time() + 20
-    while time.time() < deadline and any(alive(pid) for pid in groups):
-        time.sleep(0.05)
-    assert not [pid for pid in groups if alive(pid)]
+@pytest.mark.parametrize("delay", [0, 0.01, 0.03, 0.1])
+def test_a_killed_evaluator_leaves_no_program_behind(delay):
+    """Killed at any moment of a program's start: the child ends with it, or sees that its parent is another one."""
+    evaluator = os.fork()
+    if evaluator == 0:
+        E.run_program("import time; time.sleep(300)", seconds=300)
+        os._exit(0)
+    children, path = "", Path(f"/proc/{evaluator}/task/{evaluator}/children")
+    while not children:
+        children = path.read_text()
+    time.sleep(delay)
+    os.kill(evaluator, signal.SIGKILL)
+    os.waitpid(evaluator, 0)
+    deadline = time.time() + 30
+    while alive(children.split()[0]) and time.time() < deadline:
+        time.sleep(0.01)
+    assert not alive(children.split()[0])
 
 
 def alive(pid: str) -> bool:
@@ -720,12 +722,12 @@ TEXTS = {  # a response, and the status of its program
 
 @pytest.fixture
 def programs(monkeypatch):
-    """The model's answers are programs, by how many tokens it wrote."""
+    """The model's answers are programs, by the tokens that it wrote."""
     load = E.load
 
     def load_writer(*args):
         model, tokenizer, room = load(*args)
-        tokenizer.decode = lambda tokens, **_: list(TEXTS)[len(tokens) % len(TEXTS)]
+        tokenizer.decode = lambda tokens, **_: list(TEXTS)[sum(tokens) % len(TEXTS)]
         return model, tokenizer, room
 
     monkeypatch.setattr(E, "load", load_writer)
@@ -736,14 +738,14 @@ def records_of(folder):
 
 
 def test_programs_run_and_rows_without_an_answer_are_asked_again(home, programs):
-    more = ("--mode", "pot", "--execute_programs", "--program_seconds", "1", "--max_rows", "24")
+    more = ("--mode", "pot", "--execute_programs", "--program_seconds", "1", "--max_rows", "14")
     runs = {}
     for out, backup in (("pot", []), ("backup", ["--cot_backup"])):
         E.main(flags(home, out, *more, *backup))
         runs[out] = records_of(home / out)
-        assert [r["row"] for r in runs[out]] == list(range(24))
+        assert [r["row"] for r in runs[out]] == list(range(14))
     counts = json.loads((home / "pot" / "results.json").read_text())["tasks"]["sums"]["programs"]
-    assert sum(counts.values()) == 24 and set(TEXTS.values()) >= set(counts) >= {"ok", "error"}
+    assert sum(counts.values()) == 14 and set(TEXTS.values()) >= set(counts) >= {"ok", "error"}
     for pot, backup in zip(runs["pot"], runs["backup"], strict=True):
         assert pot["program"] == TEXTS[pot["output"]] == backup["program"]
         asked_again = pot["output"] not in ("print(3)", "The answer is 4.")  # no number came out
@@ -1056,7 +1058,7 @@ def test_sets_come_from_the_hub_and_the_official_repository_without_a_folder(mon
         (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of range"),
         (["--max_new_tokens", "4000"], "leaves no room for a prompt"),
         (["--model", "HOME/nothing"], "--model .*nothing: .*: give a causal LM's folder"),
-        (["--model", "HOME/orphan"], "--model .*orphan: .*: its base is /gone, name another folder with --base_model"),
+        (["--model", "HOME/orphan"], "--model .*orphan: .*: its base is /gone, name another with --base_model"),
         (["--tasks", "HOME/none.json"], "none.json holds no rows"),
         (["--beam", "4"], "unrecognized arguments: --beam 4"),
     ],
