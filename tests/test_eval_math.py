@@ -770,7 +770,7 @@ def test_without_leave_no_program_runs_and_the_run_says_so(home, programs, capsy
 
 def test_a_stop_word_ends_an_answer_and_is_cut(home, whole):
     model, tokenizer, room = E.load(E.parse_args(flags(home, "stop")), torch.device("cpu"))
-    texts = {1: "so 3", 8: "so 3. ### Instruction", 16: "so 3. ### Instruction:\nWhat"}
+    texts = {1: "so 3", 8: "so 3. ### Instruction", 32: "so 3. ### Instruction:\nWhat"}
     written = []
 
     def decode(tokens, **_):
@@ -782,7 +782,7 @@ def test_a_stop_word_ends_an_answer_and_is_cut(home, whole):
     args = E.parse_args(flags(home, "stop", "--max_new_tokens", "64"))
     row = E.Row("t", 0, "Add 1 and 2.", "3")
     for chat, output, ended, tokens in (
-        (False, "so 3. ### ", True, 8),
+        (False, "so 3. ### ", True, 16),
         (True, "so 3. ### Instruction:\nWhat", False, 64),
     ):
         args.chat_template = chat
@@ -891,6 +891,16 @@ def test_a_prompt_has_the_tokens_before_a_text_and_none_after(home, front, back)
     plain = tokenizer_with(home, 0, 0)("Add 3 and 4.")["input_ids"]
     assert len(tokenizer("Add 3 and 4.")["input_ids"]) == len(plain) + front + back
     assert E.prompt_ids(tokenizer, "Add 3 and 4.") == [tokenizer.eos_token_id] * front + plain
+
+
+def test_the_token_that_ends_a_turn_ends_an_answer(home):
+    tokenizer = tokenizer_with(home, 0, 0)
+    assert E.stop_ids(tokenizer) == {tokenizer.eos_token_id}
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    turn = "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    for end, ids in (("<|im_end|>\n", {512}), ("<|end|>", set()), (".", set()), ("<|im_end|> <|end|>", set())):
+        tokenizer.chat_template = turn + end + "{% endfor %}"
+        assert E.stop_ids(tokenizer) == {tokenizer.eos_token_id} | ids
 
 
 def prompts_of(home, monkeypatch, tokenizer, question, **settings):
