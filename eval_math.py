@@ -67,7 +67,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import cached_file
 
-from train_colm import Parser, UserError, load_tokenizer, prompt_and_completion, read_rows, replacing
+from colm_data import Parser, UserError, load_tokenizer, prompt_and_completion, read_rows, replacing
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
