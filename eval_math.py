@@ -27,6 +27,9 @@ Implementation details worth knowing:
  3. Each answer gets two verdicts. *paper* is the official scorer's, faults included: on MATH equal strings, equal
     integers after rounding, or other numbers within 4 %; on the other sets equal strings. *strict* asks for the same
     value: numbers, units and options here, other LaTeX by math-verify.
+ 4. Prompts, stop words, token and time limits, how programs run and when a row is asked again are the official ones.
+    Where a program fails that way, it is run as a file of its own, too (a code fence is read, the last line is the
+    answer): that counts for *strict* alone. With --chat_template there are no stop words: a model ends its turn.
 """
 
 from __future__ import annotations
@@ -968,14 +971,21 @@ for line in UNITS.replace("\n", "").split("|"):
     for spelling in line.split():
         UNIT_OF[spelling] = line.split()[0]
 RATES = {"mph": "mile per hour", "kph": "km per hour", "kmh": "km per hour"}
-# Beside a number these make another value of it, so that "half of 6" and "3 dozen" are no numbers to the rule below ...
-SPELLED = r"""half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|
+# Beside a number these make another value of it, so that "half of 6" and "3 dozen" are no numbers to the rule below. Of
+# the words before it "more than" and "twice" do, after it "3 more apples" and "3 times" are 3. Of the words after it
+# spelled numbers count while they are near: "3 and a half", but not "3 apples in each of the two boxes" ...
+SPELLED = r"""(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|
 two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|
-(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:hundred|thousand|million|billion|trillion)(?:ths?|s)?"""
+(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:hundred|thousand|million|billion|trillion)(?:ths?|s)?)"""
 SPELLED = SPELLED.replace("\n", "")
-CHANGING = r"""pi|sqrt|root|log|ln|sin|cos|tan|exp|not|no|less|more|fewer|least|most|than|over|under|between|times|
-power|squared|cubed|factorial|dozens?|scores?|double|doubled|twice|triple|tripled|pairs?|couples?|plus|minus|or"""
-CHANGING = re.compile(rf"\b(?:{CHANGING}|{SPELLED})\b".replace("\n", ""))
+OPERATION = (
+    "pi|sqrt|root|log|ln|sin|cos|tan|exp|power|squared|cubed|factorial|dozens?|doubled|tripled|plus|minus|not|or"
+)
+CHANGING_BEFORE = (
+    "no|less|more|fewer|least|most|than|over|under|between|times|double|twice|triple|pairs?|couples?|scores?"
+)
+CHANGING_BEFORE = re.compile(rf"\b(?:{OPERATION}|{CHANGING_BEFORE}|{SPELLED})\b")
+CHANGING_AFTER = re.compile(rf"\b(?:{OPERATION})\b|^(?:\W*[a-z]+){{0,2}}\W*\b{SPELLED}\b")
 # ... and these tell apart two answers of one number: 3 km north is not 3 km south.
 SIDES = re.compile(r"\b(?:am|pm|a\.m|p\.m|north|south|east|west|left|right|above|below|clockwise|counterclockwise)\b")
 
@@ -1009,7 +1019,9 @@ def undress(text: str) -> str:
     text = re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)
     text = re.sub(r"\b(?:negative|minus) (?=[\d$\\(])", "-", text)
     text = re.sub(r"\s+", " ", text).strip().removesuffix("\\").strip()
-    return text.rstrip(".").strip() if not text.endswith("...") else text
+    if not text.endswith("..."):
+        text = text.rstrip(".").strip()
+    return text
 
 
 def formula(text: str) -> str:
@@ -1085,7 +1097,7 @@ def number_of(text: str) -> Number | None:
 
     scale = after.strip().partition(" ")[0]
     rest = after.replace(scale, "", 1) if scale in SCALES else after
-    if CHANGING.search(before) or CHANGING.search(rest):
+    if CHANGING_BEFORE.search(before) or CHANGING_AFTER.search(rest):
         return None
     try:
         value = Fraction(int(top), int(bottom)) if top else Fraction(digits.replace(",", ""))
@@ -1123,7 +1135,7 @@ def same_number(answer: Number, gold: Number) -> bool:
         return False
     if None not in (answer.side, gold.side) and answer.side != gold.side:
         return False
-    if (answer.percent and gold.unit) or (gold.percent and answer.unit):
+    if answer.percent != gold.percent and (answer.unit or gold.unit):
         return False
     values = [answer.value]
     if answer.percent != gold.percent:
@@ -1175,7 +1187,7 @@ def statement(rest: str) -> str:
         return apart[1] or apart[2] or ""
     # A line, but a matrix and a pair of braces may have several.
     line = re.match(r"(?:\\begin.*?\\end|\{[^{}]*\}|[^\n])*", rest, re.S)[0]
-    return re.split(r"\.\s|[,;]? ?\b(?:because|since)\b", line.strip() + " ")[0].strip()
+    return re.split(r"(?<!approx)\.\s|[,;]? ?\b(?:because|since)\b", line.strip() + " ")[0].strip()
 
 
 def chosen(answer: str, options: dict[str, str]) -> str | None:

@@ -70,7 +70,7 @@ x+1 | x+1; 1+x; $x+1$; x + 1 | 1; x; x-1; +1; x+2
 8-i | 8-i; -i+8; 8 - I | 8; 8+i; i; -8
 \text{June 20} | June 20; \text{June 20}; june 20 | July 20; 20; June 21; June
 18 | 18; n = 18; 18 ways; $18$; 18 \text{ ways}; n=18 | n+18; n + 18; 18n; n-18; 18 n; 18x; x^{18}; 18!!; 1 8; 18 or 19
-6 | 6; six (6); 6 (six); 6!; ≈ 6; approximately 6; \approx 6; 6 (as required) | half of 6; 6 dozen; 6 and a half; double 6; 6!!; 6 thirds; twice 6; 6 pairs; a quarter of 6; the square root of 6; 6 squared; log 6; 6 hundred; six hundred 6; 6 millionths; less than 6; at least 6; 6th power
+6 | 6; six (6); 6 (six); 6!; ≈ 6; approximately 6; \approx 6; 6 (as required) | half of 6; 6 dozen; 6 and a half; double 6; 6!!; 6 thirds; twice 6; a quarter of 6; the square root of 6; 6 squared; log 6; 6 hundred; six hundred 6; 6 millionths; less than 6; at least 6; 6th power
 3 km north | 3 km north; 3 km | 3 km south; 3 miles north; 3 km west
 5 pm | 5 pm; 5 p.m.; 5 PM | 5 am; 5 a.m.
 \frac{1}{4}x | \frac{1}{4}x; \frac{1}{4} x; \dfrac{1}{4}x; \frac14x; \frac{x}{4}; 0.25x; x/4; \tfrac{1}{4} x; \frac{1}{4} \cdot x | \frac{1}{4x}; 1/(4x); 4x; \frac{1}{4}; x
@@ -101,7 +101,7 @@ x+1 | x+1; 1+x; $x+1$; x + 1 | 1; x; x-1; +1; x+2
 x \in [1,2] | [1,2]; x \in [1,2]; [1, 2] | (1,2); [1,2); 1; [1,3]
 5\sqrt{2} \text{ cm} | 5\sqrt{2}; 5\sqrt{2} cm; 5√2 cm; 5 \sqrt{2} \text{ cm} | 5; \sqrt{2} cm; 5 cm; 7.07 cm
 A | A; (A); A.; a; \text{A} | B; AB; an A or B
-33 | The total is 33; she has 33 apples left; 33 of them | 33 more; 33 fewer than 40; 133; 33,000; 33 hundred
+33 | The total is 33; she has 33 apples left; 33 of them; 33 more apples; 33 apples left over; 33 more than before; 33 times; 33 pairs of shoes; approx. 33; 33 apples in each of the two boxes | more than 33; over 33; 33 and a half; 33 dozen; twice 33; 33 or more; 33 and two thirds; no 33; 133; 33,000; 33 hundred
 50 | 50; 50 cents; 50 minutes; 50 (fifty); 50 people; 50/1 | 0.50; 50 thousand; 1/50; 50x; 50:1; 1:50; 50-50; 50^2; 5 0
 \frac{8t}{3} | \frac{8}{3}t; \frac{8}{3} t; 8t/3; \frac83t | \frac{8}{3}; 8/3; \frac{3t}{8}; t
 \frac{8}{3} | 8/3; \frac83; \frac{8}{3} \text{ m} | \frac{8}{3}t; 8t/3; \frac{8}{3} t; \frac{8}{3}m; 8m/3
