@@ -85,14 +85,17 @@ def facility_location(similarity, k, scale=None):
         lowest = max(gains.values()) - equal
         index.append(min(c for c, gain in gains.items() if gain >= lowest))
         best = [max(b, row[index[-1]]) for b, row in zip(best, similarity, strict=True)]
-    return index, cluster_sizes(similarity, index)
+    return index, cluster_sizes(similarity, index, scale)
 
 
-def cluster_sizes(similarity, index):
+def cluster_sizes(similarity, index, scale=None):
     """Section 4.2, weighted medoids: rows that each medoid serves best; the earlier wins a tie, each serves itself."""
     sizes = [0] * len(index)
+    equal = tie(similarity, scale) / max(len(similarity), 1)  # one similarity, not a sum of N
     for i, row in enumerate(similarity if index else []):
-        owner = index.index(i) if i in index else max(range(len(index)), key=lambda p, row=row: (row[index[p]], -p))
+        lowest = max(row[medoid] for medoid in index) - equal
+        ties = [place for place, medoid in enumerate(index) if row[medoid] >= lowest]
+        owner = index.index(i) if i in index else ties[0]
         sizes[owner] += 1
     return sizes
 
