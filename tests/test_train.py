@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
+import colm_data  # noqa: E402
 import train_colm  # noqa: E402
 from train_colm import cli, read_records  # noqa: E402
 
@@ -134,13 +135,13 @@ def assert_close(a: Path, b: Path) -> None:
 def inputs(tmp_path_factory) -> Path:
     """A folder with a tiny model, and a mixture whose rows 0 and 77 are too long to be kept."""
     folder = tmp_path_factory.mktemp("inputs")
-    rows = train_colm.demo_rows("train")
+    rows = colm_data.demo_rows("train")
     random.Random(0).shuffle(rows)
     for at in (0, 77):
         rows.insert(at, {"source": "repeat", "instruction": "Go on.", "output": "ant bee " * 300})
-    for name, part in (("train", rows), ("eval", train_colm.demo_rows("eval")[::2])):
+    for name, part in (("train", rows), ("eval", colm_data.demo_rows("eval")[::2])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    tokenizer = train_colm.demo_tokenizer()
+    tokenizer = colm_data.demo_tokenizer()
     for name, size in (("model", 32), ("other_model", 48)):
         torch.manual_seed(0)
         sizes = {"hidden_size": size, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -438,7 +439,7 @@ def test_the_final_model_of_two_ranks_has_the_evaluated_loss(two_ranks, flags, i
     held_out = train_colm.load_data(args, train_colm.load_tokenizer(args), show=False)[1]
     batch = train_colm.collate([held_out.example(i) for i in range(len(held_out))])
     with torch.no_grad():
-        loss = train_colm.example_losses(model.eval(), train_colm.LabelledLogits(model), batch).mean()
+        loss = train_colm.micro_batch_losses(model.eval(), train_colm.LabelledLogits(model), batch).mean()
     assert float(loss) == pytest.approx(steps(folder, "eval")[-1]["eval_loss"], rel=1e-5)
 
 
@@ -515,7 +516,7 @@ def test_a_run_of_another_model_is_not_resumed(whole, flags, inputs, refused):
 def test_attention_that_would_mix_packed_examples_is_refused(flags, refused, tmp_path):
     model = AutoModelForCausalLM.from_config(tiny_stablelm())
     model.save_pretrained(tmp_path / "model")
-    train_colm.demo_tokenizer().save_pretrained(tmp_path / "model")
+    colm_data.demo_tokenizer().save_pretrained(tmp_path / "model")
     refused(flags(tmp_path / "run", f"--model {tmp_path}/model --packing"), "packed examples", "--no-packing")
 
 
@@ -549,8 +550,8 @@ def test_accelerates_accumulation_steps_do_not_scale_the_gradient(one_process, f
 
 
 def test_a_state_without_updates_is_resumed_exactly(flags, tmp_path, monkeypatch):
-    nan = train_colm.train_on
-    monkeypatch.setattr(train_colm, "train_on", lambda *args: nan(*args) * float("nan"))
+    original = train_colm.accumulate_gradients
+    monkeypatch.setattr(train_colm, "accumulate_gradients", lambda *args: original(*args) * float("nan"))
     with pytest.raises(train_colm.UserError, match="checkpoint-000000"):
         train(flags(tmp_path / "run", DROPOUT))
     monkeypatch.undo()
@@ -666,16 +667,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path, probe, value):
     original, bad_rows = train_colm.probe_pool, []
 
-    def probe_pool(run, rows, step):
-        gradients, mine = original(run, rows, step)
-        bad = rows[mine] % 3 == 0
-        if probe == "spsa":
-            gradients.derivatives[bad, -1] = value
-        else:
-            gradients.blocks = [torch.cat(gradients.blocks)]
-            gradients.blocks[0][bad, 5] = value
-        bad_rows.append(set(run.train.numbers[rows[mine][bad]].tolist()))
-        return gradients, mine
+    def probe_pool(run, pool, probed, step):
+        gradients = original(run, pool, probed, step)
+        bad = probed & (pool % 3 == 0)
+        gradients.values[bad, -1] = value
+        bad_rows.append(set(run.train.numbers[pool[bad]].tolist()))
+        return gradients
 
     with mock.patch.object(train_colm, "probe_pool", probe_pool):
         assert train(flags(tmp_path, f"--probe {probe} --num_directions 2")) == 0
@@ -686,17 +683,19 @@ def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path
 
 
 def test_running_out_of_gpu_memory_is_told_in_one_line(flags, refused, tmp_path):
-    with mock.patch.object(train_colm, "train_on", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+    with mock.patch.object(
+        train_colm, "accumulate_gradients", side_effect=torch.OutOfMemoryError("CUDA out of memory")
+    ):
         refused(flags(tmp_path), "--max_tokens_per_micro_batch 600", "lower it", "--resume auto")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path):
-    original = train_colm.train_on
+    original = train_colm.accumulate_gradients
 
-    def train_on(run, rows, weights, step):
-        return original(run, rows, weights, step) * (float("nan") if step == 2 else 1)
+    def broken_at_step_3(run, pool, choice, step):
+        return original(run, pool, choice, step) * (float("nan") if step == 2 else 1)
 
-    with mock.patch.object(train_colm, "train_on", train_on):
+    with mock.patch.object(train_colm, "accumulate_gradients", broken_at_step_3):
         words = "loss nan", "step 3", "--learning_rate", str(tmp_path / "checkpoint-000002")
         refused(flags(tmp_path, DROPOUT), *words)
     assert len(losses(tmp_path)) == 2
@@ -730,7 +729,7 @@ def test_rows_longer_than_the_model_has_positions_are_refused(flags, refused, tm
 
     sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 512}
     AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path / "short")
-    train_colm.demo_tokenizer().save_pretrained(tmp_path / "short")
+    colm_data.demo_tokenizer().save_pretrained(tmp_path / "short")
     refused(flags(tmp_path / "out", f"--model {tmp_path}/short"), "--max_length 128", "32")
 
 
