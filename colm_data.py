@@ -573,8 +573,6 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], tools: list | None, place: str, prompt: bool = False) -> str:
         """The messages as text, with the generation prompt after them if `prompt`."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
         source = self.source(tools)
         try:
             return self.tokenizer.apply_chat_template(
@@ -616,7 +614,8 @@ class ChatTemplate:
         loss: trained on, it would teach the model to answer without the thoughts that its author wrote.
         Raises UserError where the template rewrites earlier turns, so that no span of the text is an answer's own.
         """
-        messages = list(messages)
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()  # nothing after the last answer has a loss, and no answer sees it
         if len(messages) < 2:
@@ -974,51 +973,54 @@ def tokenize_files(files, tokenizer, args, names: list[str], show: bool) -> Toke
     first_numbers, forms = [], Counter()
     number, shortened, dropped = 0, 0, 0
     too_long = []  # lengths of the rows that do not fit whole
-    bar = tqdm(desc="tokenising", unit=" rows", disable=not show, leave=False)
-    for default_source, path, rows in files:
-        first_numbers.append((path, number))
-        rows = with_sources(rows, args.source_field)
-        while part := list(islice(rows, 2000)):  # enough rows at a time to occupy all cores
-            texts = [render(row, place, chat, remarks, args.train_on) for row, place, _ in part]
-            tokens = encode_texts(tokenizer, texts, [place for _, place, _ in part])
-            for (_, place, source), text, (row_ids, mask) in zip(part, texts, tokens, strict=True):
-                for name in text.unused:
-                    if name != args.source_field:
-                        remarks.unused[name] = None
-                begin = start
-                if text.form == "messages":  # a template writes its own BOS, or none
-                    begin = [token for token in row_ids[:1] if token == tokenizer.bos_token_id]
-                if begin and row_ids[: len(begin)] == begin:  # written by the template, or in a prompt made beforehand
-                    row_ids, mask = row_ids[len(begin) :], mask[len(begin) :]
-                length = len(begin) + len(row_ids)
-                if length > args.max_length:
-                    too_long.append(length)
-
-                fitted = fit(row_ids, mask, begin, args.max_length) if 1 in mask else None
-                if fitted is None:
-                    dropped += 1
-                    if 1 not in mask:
-                        reason = "no answer"
-                    elif length < 2:
-                        reason = "no text"
-                    else:
-                        reason = f"a last answer that does not fit in --max_length {args.max_length}"
-                    remarks.add(f"{reason}, dropped", place)
-                else:
+    with tqdm(desc="tokenising", unit=" rows", delay=1, disable=not show, leave=False) as bar:
+        for default_source, path, rows in files:
+            first_numbers.append((path, number))
+            rows = with_sources(rows, args.source_field)
+            while part := list(islice(rows, 2000)):  # enough rows at a time to occupy all cores
+                texts = [render(row, place, chat, remarks, args.train_on) for row, place, _ in part]
+                tokens = encode_texts(tokenizer, texts, [place for _, place, _ in part])
+                for (_, place, source), text, (row_ids, mask) in zip(part, texts, tokens, strict=True):
+                    for name in text.unused:
+                        if name != args.source_field:
+                            remarks.unused[name] = None
+                    begin = start
+                    if text.form == "messages":  # a template writes its own BOS, or none
+                        begin = [token for token in row_ids[:1] if token == tokenizer.bos_token_id]
+                    if (
+                        begin and row_ids[: len(begin)] == begin
+                    ):  # written by the template, or in a prompt made beforehand
+                        row_ids, mask = row_ids[len(begin) :], mask[len(begin) :]
+                    length = len(begin) + len(row_ids)
                     if length > args.max_length:
-                        shortened += 1
-                        remarks.add(f"text before the answer cut on the left to --max_length {args.max_length}", place)
-                    row_ids, mask = fitted
-                    ids.extend(row_ids)
-                    supervised += mask
-                    offsets.append(len(ids))
-                    name = default_source if source is None else str(source)
-                    sources.append(source_of.setdefault(name, len(source_of)))
-                    numbers.append(number)
-                    forms[text.form] += 1
-                number += 1
-            bar.update(len(part))
-    bar.close()
+                        too_long.append(length)
+
+                    fitted = fit(row_ids, mask, begin, args.max_length) if 1 in mask else None
+                    if fitted is None:
+                        dropped += 1
+                        if 1 not in mask:
+                            reason = "no answer"
+                        elif length < 2:
+                            reason = "no text"
+                        else:
+                            reason = f"a last answer that does not fit in --max_length {args.max_length}"
+                        remarks.add(f"{reason}, dropped", place)
+                    else:
+                        if length > args.max_length:
+                            shortened += 1
+                            remarks.add(
+                                f"text before the answer cut on the left to --max_length {args.max_length}", place
+                            )
+                        row_ids, mask = fitted
+                        ids.extend(row_ids)
+                        supervised += mask
+                        offsets.append(len(ids))
+                        name = default_source if source is None else str(source)
+                        sources.append(source_of.setdefault(name, len(source_of)))
+                        numbers.append(number)
+                        forms[text.form] += 1
+                    number += 1
+                bar.update(len(part))
 
     lines = remarks.lines()
     if len(too_long) + dropped > 0.03 * number:
@@ -1048,21 +1050,29 @@ def with_sources(rows, source_field: str) -> Iterator[tuple[dict, str, object]]:
     """
     named, missing, first = 0, 0, ""
     for row, place in rows:
-        source = row.get(source_field) if isinstance(row, dict) else None
+        if not isinstance(row, dict):  # refused when it is rendered
+            yield row, place, None
+            continue
+        source = row.get(source_field)
         if isinstance(source, (list, dict)):
             kind = type(source).__name__
             raise UserError(f"{place}: field {source_field!r} is a {kind}: a source must be a string or a number")
-        if source is None or source == "" or source != source:  # NaN alone differs from itself
+        if is_missing(source):
             if not missing:
-                first = f"{place} has {'no field' if source is None else repr(source) + ' as'} {source_field!r}"
+                what = "no field" if source is None else f"{source!r} as"
+                first = f"{place} has {what} {source_field!r}"
             missing += 1
             source = None
         else:
             named += 1
         if named and missing:
-            missing += sum(rest.get(source_field) in (None, "") for rest, _ in rows if isinstance(rest, dict))
+            missing += sum(is_missing(rest.get(source_field)) for rest, _ in rows if isinstance(rest, dict))
             raise UserError(f"{first}, other rows do: name the source of all rows ({missing:,} have none)")
         yield row, place, source
+
+
+def is_missing(source) -> bool:
+    return source is None or source == "" or source != source  # NaN alone differs from itself
 
 
 def encode_texts(tokenizer, texts: list[Text], places: list[str]) -> list[tuple[list[int], bytes]]:
