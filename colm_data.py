@@ -121,8 +121,10 @@ def iterate_rows(path: str) -> Iterator[tuple[dict, str]]:
     try:
         if kind == ".parquet":
             rows = parquet_rows(path)
-        elif kind in (".csv", ".tsv"):
-            rows = table_rows(path, "," if kind == ".csv" else "\t")
+        elif kind == ".csv":
+            rows = table_rows(path, ",")
+        elif kind == ".tsv":
+            rows = table_rows(path, "\t")
         else:
             rows = json_rows(path)
         for pair in rows:
@@ -367,7 +369,7 @@ class Text(NamedTuple):
     text: str
     answers: list[Answer]  # in order
     form: str  # "alpaca", "text" or "messages": how an evaluation must prompt the model
-    unused: list[str] = []  # fields of the row that are not in the text
+    unused: tuple[str, ...] = ()  # fields of the row that are not in the text
 
 
 class Remarks:
@@ -385,7 +387,8 @@ class Remarks:
         if self.unused:
             lines.append(f"not used: the fields {', '.join(self.unused)}")
         for what, (count, place) in self.kinds.items():
-            lines.append(f"{count:,} {'row' if count == 1 else 'rows'} with {what} (first: {place})")
+            noun = "row" if count == 1 else "rows"
+            lines.append(f"{count:,} {noun} with {what} (first: {place})")
         return lines
 
 
@@ -397,37 +400,32 @@ def render(row: dict, place: str, chat: ChatTemplate, remarks: Remarks, train_on
     if not isinstance(row, dict):
         raise UserError(f"{place} is a {type(row).__name__}: every row must be a JSON object")
     if row.get("messages") is not None:
-        used = ["messages", "system", "tools"]
-        turns = row["messages"]
+        turns, used = row["messages"], ("messages", "system", "tools")
     elif row.get("conversations") is not None:  # ShareGPT
-        used = ["conversations", "system", "tools"]
-        turns = row["conversations"]
+        turns, used = row["conversations"], ("conversations", "system", "tools")
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):  # TRL
-        used = ["prompt", "completion", "system", "tools"]
-        turns = row["prompt"] + row["completion"]
+        turns, used = row["prompt"] + row["completion"], ("prompt", "completion", "system", "tools")
     elif "prompt" in row:
-        used = ["prompt", "completion"]
-        turns = None
+        turns, used = None, ("prompt", "completion")
     else:
-        used = ["instruction", "input", "output", "system", "history"]
-        turns = None
+        turns, used = None, ("instruction", "input", "output", "system", "history")
 
     if turns is not None:
         messages = conversation(turns, row.get("system"), place)
         tools = decoded(row.get("tools"), list, f"{place}: field 'tools'")
-        text = chat.text(messages, tools, place, remarks, train_on)
         own = "\n".join(message["content"] for message in messages)
+        text = chat.text(messages, tools, place, remarks, train_on)
     else:
-        text = prompt_text(row, place) if "prompt" in used else alpaca_text(row, place)
+        text = prompt_text(row, place) if "prompt" in row else alpaca_text(row, place)
+        own = text.text
         if train_on == "last":
             text = text._replace(answers=text.answers[-1:])
         for answer in text.answers:
-            if not text.text[answer.start : answer.end].strip():
+            if not own[answer.start : answer.end].strip():
                 remarks.add("an empty answer, which trains the model to end at once", place)
-        own = text.text
     if chat.special and chat.special.search(own):
         remarks.add("special tokens in its own text, which are read as these tokens", place)
-    unused = [name for name, value in row.items() if name not in used and value is not None]
+    unused = tuple(name for name in row if name not in used and row[name] is not None)
     return text._replace(unused=unused)
 
 
@@ -439,7 +437,7 @@ def prompt_and_completion(row: dict, place: str, tokenizer=None) -> tuple[str, s
 
 
 def string_field(row: dict, name: str, place: str) -> str:
-    if row.get(name) is None and name not in row:
+    if name not in row:
         found = ", ".join(map(repr, row)) or "none"
         raise UserError(f"{place} has no field {name!r} (it has {found[:100]}): give {FIELDS}")
     if not isinstance(row[name], str):
@@ -456,9 +454,11 @@ def prompt_text(row: dict, place: str) -> Text:
 def alpaca_text(row: dict, place: str) -> Text:
     """Alpaca's prompt. LLaMA-Factory's `system` takes the preamble's place, and `history` holds earlier turns."""
     instruction, output = string_field(row, "instruction", place), string_field(row, "output", place)
-    context = string_field(row, "input", place) if row.get("input") else ""
-    system = string_field(row, "system", place) if row.get("system") else ""
-    text = system or (PROMPT_WITH_INPUT if context else PROMPT)
+    context, text = "", PROMPT
+    if row.get("input"):
+        context, text = string_field(row, "input", place), PROMPT_WITH_INPUT
+    if row.get("system"):
+        text = string_field(row, "system", place)
     answers = []
     history = decoded(row.get("history"), list, f"{place}: field 'history'") or []
     for turn in history:
@@ -535,15 +535,19 @@ def text_part(part, place: str) -> str:
 
 def tool_call(call, place: str) -> dict:
     """A call as templates take it: {type, function: {name, arguments}}, with the arguments decoded."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    function = call
+    if isinstance(call, dict) and "function" in call:
+        function = call["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"{place}: a tool call must be an object with the function's name and arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):  # OpenAI's format: an object written as JSON, which templates would quote again
         with suppress(json.JSONDecodeError):  # not JSON: the template prints the string as it is
             arguments = json.loads(arguments)
-    rest = {key: value for key, value in call.items() if key in ("id", "type") and value is not None}
-    return {"type": "function"} | rest | {"function": {"name": function["name"], "arguments": arguments}}
+    normal = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if call.get("id") is not None:
+        normal["id"] = call["id"]
+    return normal
 
 
 class ChatTemplate:
@@ -558,10 +562,14 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.sources: dict[bool, str] = {}  # with and without tools: some tokenizers have a template for each
         self.prints_tools: bool | None = None  # unknown until a row has tools
-        self.special = re.compile(token_pattern(tokenizer, special=True)) if tokenizer else None
+        self.special = None  # a pattern of the special tokens
+        if tokenizer is not None:
+            self.special = re.compile(token_pattern(tokenizer, special=True))
 
     def source(self, tools: list | None) -> str:
         """The template, with calls of the clock replaced by TEMPLATE_DATE."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template, which messages need: use prompt and completion")
         if bool(tools) not in self.sources:
             source = self.tokenizer.get_chat_template(tools=tools)
             calls = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
@@ -616,21 +624,25 @@ class ChatTemplate:
         """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
+        # 1. The conversation up to its last answer: nothing after it has a loss, and no answer sees it.
         while messages and messages[-1]["role"] != "assistant":
-            messages.pop()  # nothing after the last answer has a loss, and no answer sees it
+            messages.pop()
         if len(messages) < 2:
             return Text("", [], "messages")
         prompt, _, ending = self.turn
         for message in messages:
-            if message["role"] == "assistant" and ending.strip():  # a turn that brings its own end gets no second one
-                message["content"] = message["content"].rstrip().removesuffix(ending.strip())
+            content = message["content"].rstrip()
+            if message["role"] == "assistant" and ending.strip() and content.endswith(ending.strip()):
+                message["content"] = content.removesuffix(ending.strip())  # one that brings its end gets no second
         if tools and self.prints_tools is None:
             self.prints_tools = self.render(messages, tools, place) != self.render(messages, None, place)
         if tools and not self.prints_tools:
             remarks.add("tools, which the chat template does not print", place)
 
         whole = self.render(messages, tools, place)
-        # A first message of the assistant has no prompt that generation would start from: it is context.
+
+        # 2. The characters of each assistant turn. A first message of the assistant is context: it has no prompt that
+        # generation would start from.
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         spans = self.marked_spans(whole, messages, tools)
         if spans is None:
@@ -638,13 +650,16 @@ class ChatTemplate:
                 numbers = numbers[-1:]
             spans = [self.span(whole, messages, i, tools, place) for i in numbers]
         elif len(spans) != len(numbers):
-            numbers = [None] * len(spans)  # the template marks its own way: take its word, turn by turn
+            numbers = [None] * len(spans)  # the template marks other turns as well, or fewer: its author knows why
         if train_on == "last":
             numbers, spans = numbers[-1:], spans[-1:]
 
+        # 3. Which of them are trained on.
         answers = []
         for number, (start, end) in zip(numbers, spans, strict=True):
-            message = messages[number] if number is not None else {"content": whole[start:end]}
+            message = {"content": whole[start:end]}
+            if number is not None:
+                message = messages[number]
             if message.get("weight") == 0 or message.get("train") is False:  # how OpenAI's and axolotl's files say so
                 continue
             if not prints(whole[max(0, start - len(prompt)) : end], message):
@@ -702,16 +717,20 @@ class ChatTemplate:
             raise rewrites
         start = len(before)
 
-        upto = whole if number == len(messages) - 1 else self.render(messages[: number + 1], tools, place)
-        grown = whole.startswith(upto)  # else the last turn is printed otherwise: thoughts, or an EOS after it
-        part = whole[start : len(upto)] if grown else whole[start:]
+        upto = whole
+        if number < len(messages) - 1:
+            upto = self.render(messages[: number + 1], tools, place)
+        # A last turn may be printed otherwise than the same turn within a conversation: with thoughts, or EOS after it.
+        grown = whole.startswith(upto)
+        limit = len(upto) if grown else len(whole)
         content = messages[number]["content"].strip()
-        after_content = max(0, part.find(content)) + len(content) if content in part else 0
-        found = part.find(ending, after_content) if ending else -1
-        if found >= 0:
-            end = start + found + len(ending)
+        at = whole.find(content, start, limit)
+        after_content = at + len(content) if at >= 0 else start  # the content may hold the token that ends turns
+        found = whole.find(ending, after_content, limit)
+        if ending and found >= 0:
+            end = found + len(ending)
         elif grown:
-            end = start + len(part.rstrip())
+            end = start + len(whole[start:limit].rstrip())
         else:
             raise rewrites
         for marker in (prompt.strip(), header.strip()):
@@ -722,8 +741,11 @@ class ChatTemplate:
     def uncut(self, whole: str, messages: list[dict], tools, place: str, answers: list[Answer]) -> tuple[str, int, int]:
         """The conversation with its last answer as the model would write it, where the template cuts its reasoning."""
         *earlier, last = messages
-        reasoning = next((last[name] for name in REASONING if isinstance(last.get(name), str)), "")
-        said = f"<think>\n{reasoning}\n</think>\n\n{last['content']}" if reasoning else last["content"]
+        said = last["content"]
+        for name in REASONING:
+            if isinstance(last.get(name), str):
+                said = f"<think>\n{last[name]}\n</think>\n\n{last['content']}"
+                break
         before = self.render(earlier, tools, place, prompt=True)
         known = whole[: answers[-1].end] if answers else ""
         if "</think>" not in said or last.get("tool_calls") or not before.startswith(known):
@@ -781,8 +803,10 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
     A text that begins with the start tokens, such as one rendered beforehand, gets no second ones.
     """
     start = start_tokens(tokenizer)
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return ids if ids[: len(start)] == start else start + ids
+    ids = encode(tokenizer, [text])[0]
+    if ids[: len(start)] == start:
+        return ids
+    return start + ids
 
 
 def chat_prompt(tokenizer, messages: list[dict], tools: list | None = None) -> list[int]:
@@ -807,6 +831,8 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     The tokenizers library is called directly: transformers would build masks and offsets too, a third of the time.
     """
     if getattr(tokenizer, "is_fast", False):
+        tokenizer.backend_tokenizer.no_truncation()  # its file may ask for it
+        tokenizer.backend_tokenizer.no_padding()
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
@@ -846,48 +872,57 @@ def encode_chats(tokenizer, texts: list[Text]) -> list[tuple[list[int], bytes]]:
     Where a token reaches over an answer's border (two line ends in one token, say) the text is cut there, as it is
     when the model writes the answer; so is every text of a tokenizer that has no offsets.
     """
-    results: list = [None] * len(texts)
-    torn = []
-    if getattr(tokenizer, "is_fast", False):
-        whole = [text.text[: text.answers[-1].end] if text.answers else "" for text in texts]
-        encodings = tokenizer.backend_tokenizer.encode_batch(whole, add_special_tokens=False)
-        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            ends = [end for _, end in encoding.offsets]  # characters at which tokens end
-            mask = bytearray(len(ends))
-            for answer in text.answers:
-                first, last = bisect_right(ends, answer.start), bisect_right(ends, answer.end)
-                # The token before a border must end at it. Its own start is no sign: offsets leave out leading blanks.
-                if first and ends[first - 1] != answer.start or last and ends[last - 1] != answer.end:
-                    torn.append(i)
-                    break
-                mask[first:last] = b"\1" * (last - first)
-            ids = encoding.ids
-            if text.answers and text.answers[-1].add_eos:
-                ids, mask = [*ids, tokenizer.eos_token_id], mask + b"\1"
-            results[i] = ids, bytes(mask)
-    else:
-        torn = list(range(len(texts)))
-    for i, result in zip(torn, encode_pieces(tokenizer, [texts[i] for i in torn]), strict=True):
-        results[i] = result
+    if not getattr(tokenizer, "is_fast", False):
+        return encode_pieces(tokenizer, texts)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    encodings = tokenizer.backend_tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
+    results = []
+    for text, encoding in zip(texts, encodings, strict=True):
+        ids, ends = encoding.ids, [end for _, end in encoding.offsets]  # ends: the characters at which tokens end
+        mask, last, torn = bytearray(len(ids)), 0, False
+        for answer in text.answers:
+            first, last = bisect_right(ends, answer.start), bisect_right(ends, answer.end)
+            mask[first:last] = b"\1" * (last - first)
+            # The token before a border must end at it. Its own start is no sign: offsets leave out leading blanks.
+            for border, token in ((answer.start, first), (answer.end, last)):
+                torn = torn or (token > 0 and ends[token - 1] != border)
+        if torn:
+            results += encode_pieces(tokenizer, [text])
+            continue
+        ids, mask = ids[:last], mask[:last]  # what stands after the last answer has no loss
+        if text.answers and text.answers[-1].add_eos:
+            ids, mask = [*ids, tokenizer.eos_token_id], mask + b"\1"
+        results.append((ids, bytes(mask)))
     return results
 
 
-def fit(ids: list[int], mask: bytes, start: list[int], max_length: int) -> tuple[list[int], bytes] | None:
-    """Ids and mask with `start` before them, within `max_length` tokens; None where the last answer does not fit.
+class Encoded(NamedTuple):
+    """A row's token ids before they are fitted into --max_length; they end with its last answer."""
+
+    start: list[int]  # start tokens, which stay whatever is cut
+    ids: list[int]
+    mask: bytes  # 1 for each id of an answer
+    form: str
+
+
+def fit(row: Encoded, max_length: int) -> tuple[list[int], bytes] | None:
+    """Ids and mask of at most `max_length` tokens; None where there is no answer, or no room for it.
 
     Whatever stands before the last answer is shortened from the left; its end, which says when to stop, is never cut.
     """
+    mask = row.mask
     answer = len(mask) - (mask.rfind(b"\0") + 1)  # tokens of the last answer
     context = len(mask) - answer
-    room = max_length - len(start) - answer  # for the context
-    if room < min(1, context) or len(start) + len(mask) < 2:  # without any token before it, nothing predicts an answer
+    room = max_length - len(row.start) - answer  # for the context
+    if answer == 0 or room < min(1, context) or len(row.start) + len(mask) < 2:  # < 2: nothing predicts the answer
         return None
     cut = max(0, context - room)
     if cut and mask[cut - 1] and mask[cut]:  # an earlier answer cut in two: what is left of it carries no loss
         rest = mask.index(b"\0", cut)
         mask = bytes(rest) + mask[rest:]
-    mask = bytes(len(start)) + mask[cut:]
-    return start + ids[cut:], b"\0" + mask[1:]
+    mask = bytes(len(row.start)) + mask[cut:]
+    return row.start + row.ids[cut:], b"\0" + mask[1:]
 
 
 # ---------------------------------------------------------------------------------------------- the tokenised rows
@@ -944,8 +979,10 @@ class TokenizedRows:
 
     def place(self, number: int) -> str:
         """The file and the 1-based row of a number, as in selection.jsonl."""
-        path, first = [entry for entry in self.files if entry[1] <= number][-1]
-        return f"{path} row {number - first + 1}"
+        for path, first in reversed(self.files):
+            if first <= number:
+                return f"{path} row {number - first + 1}"
+        raise IndexError(number)
 
     def fingerprint(self) -> str:
         """Equal for equal training data: what a resumed run compares."""
@@ -957,7 +994,7 @@ class TokenizedRows:
 
 def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
     """Tokenise rows as if they were one file; `places` says where each stands."""
-    return tokenize_files([("all", "", zip(rows, places, strict=True))], tokenizer, args, names, show)
+    return tokenize_files([("all", "these rows", zip(rows, places, strict=True))], tokenizer, args, names, show)
 
 
 def tokenize_files(files, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
@@ -966,64 +1003,38 @@ def tokenize_files(files, tokenizer, args, names: list[str], show: bool) -> Toke
     `names` are sources that are known already and keep their ids. Rows come one by one and go as soon as they are
     tokens, and tokens are kept as machine integers, four bytes each, where Python's lists take forty.
     """
-    chat, remarks = ChatTemplate(tokenizer), Remarks()
-    start = start_tokens(tokenizer)
     source_of = {name: q for q, name in enumerate(names)}
     ids, supervised, offsets, sources, numbers = array("i"), bytearray(), [0], [], []
-    first_numbers, forms = [], Counter()
+    first_numbers, forms, remarks = [], Counter(), Remarks()
     number, shortened, dropped = 0, 0, 0
     too_long = []  # lengths of the rows that do not fit whole
     with tqdm(desc="tokenising", unit=" rows", delay=1, disable=not show, leave=False) as bar:
         for default_source, path, rows in files:
             first_numbers.append((path, number))
-            rows = with_sources(rows, args.source_field)
-            while part := list(islice(rows, 2000)):  # enough rows at a time to occupy all cores
-                texts = [render(row, place, chat, remarks, args.train_on) for row, place, _ in part]
-                tokens = encode_texts(tokenizer, texts, [place for _, place, _ in part])
-                for (_, place, source), text, (row_ids, mask) in zip(part, texts, tokens, strict=True):
-                    for name in text.unused:
-                        if name != args.source_field:
-                            remarks.unused[name] = None
-                    begin = start
-                    if text.form == "messages":  # a template writes its own BOS, or none
-                        begin = [token for token in row_ids[:1] if token == tokenizer.bos_token_id]
-                    if (
-                        begin and row_ids[: len(begin)] == begin
-                    ):  # written by the template, or in a prompt made beforehand
-                        row_ids, mask = row_ids[len(begin) :], mask[len(begin) :]
-                    length = len(begin) + len(row_ids)
+            for place, source, row in encoded_rows(rows, tokenizer, args, remarks):
+                length = len(row.start) + len(row.ids)
+                if length > args.max_length:
+                    too_long.append(length)
+                kept = fit(row, args.max_length)
+                if kept is None:
+                    dropped += 1
+                    remarks.add(f"{reason_to_drop(row, args.max_length)}, dropped", place)
+                else:
                     if length > args.max_length:
-                        too_long.append(length)
-
-                    fitted = fit(row_ids, mask, begin, args.max_length) if 1 in mask else None
-                    if fitted is None:
-                        dropped += 1
-                        if 1 not in mask:
-                            reason = "no answer"
-                        elif length < 2:
-                            reason = "no text"
-                        else:
-                            reason = f"a last answer that does not fit in --max_length {args.max_length}"
-                        remarks.add(f"{reason}, dropped", place)
-                    else:
-                        if length > args.max_length:
-                            shortened += 1
-                            remarks.add(
-                                f"text before the answer cut on the left to --max_length {args.max_length}", place
-                            )
-                        row_ids, mask = fitted
-                        ids.extend(row_ids)
-                        supervised += mask
-                        offsets.append(len(ids))
-                        name = default_source if source is None else str(source)
-                        sources.append(source_of.setdefault(name, len(source_of)))
-                        numbers.append(number)
-                        forms[text.form] += 1
-                    number += 1
-                bar.update(len(part))
+                        shortened += 1
+                        remarks.add(f"text before the answer cut on the left to --max_length {args.max_length}", place)
+                    ids.extend(kept[0])
+                    supervised += kept[1]
+                    offsets.append(len(ids))
+                    name = default_source if source is None else str(source)
+                    sources.append(source_of.setdefault(name, len(source_of)))
+                    numbers.append(number)
+                    forms[row.form] += 1
+                number += 1
+                bar.update()
 
     lines = remarks.lines()
-    if len(too_long) + dropped > 0.03 * number:
+    if shortened + dropped > 0.03 * number and too_long:
         lines.append(how_to_keep(too_long, number))
     if not numbers:
         raise UserError(f"{first_numbers[0][0]}: no row can be trained on: {'; '.join(lines)}")
@@ -1040,6 +1051,37 @@ def tokenize_files(files, tokenizer, args, names: list[str], show: bool) -> Toke
         forms=dict(forms),
         remarks=lines,
     )
+
+
+def encoded_rows(rows, tokenizer, args, remarks: Remarks) -> Iterator[tuple[str, object, Encoded]]:
+    """The rows of a file as token ids: place, source (None: the file's) and ids with their mask."""
+    chat, start = ChatTemplate(tokenizer), start_tokens(tokenizer)
+    rows = with_sources(rows, args.source_field)
+    while part := list(islice(rows, 2000)):  # enough rows at a time to occupy all cores
+        texts, places = [], []
+        for row, place, _ in part:
+            text = render(row, place, chat, remarks, args.train_on)
+            for name in text.unused:
+                if name != args.source_field:
+                    remarks.unused[name] = None
+            texts.append(text)
+            places.append(place)
+        tokens = encode_texts(tokenizer, texts, places)
+        for (_, place, source), text, (ids, mask) in zip(part, texts, tokens, strict=True):
+            begin = start
+            if text.form == "messages":  # a template writes its own BOS, or none
+                begin = [token for token in ids[:1] if token == tokenizer.bos_token_id]
+            if begin and ids[: len(begin)] == begin:  # by the template, or in a prompt that was rendered beforehand
+                ids, mask = ids[len(begin) :], mask[len(begin) :]
+            yield place, source, Encoded(begin, ids, mask, text.form)
+
+
+def reason_to_drop(row: Encoded, max_length: int) -> str:
+    if 1 not in row.mask:
+        return "no answer"
+    if len(row.start) + len(row.ids) < 2:
+        return "no text"
+    return f"a last answer that does not fit in --max_length {max_length}"
 
 
 def with_sources(rows, source_field: str) -> Iterator[tuple[dict, str, object]]:
@@ -1080,17 +1122,16 @@ def encode_texts(tokenizer, texts: list[Text], places: list[str]) -> list[tuple[
     for text, place in zip(texts, places, strict=True):
         if not text.text.isascii() and LONE_SURROGATE.search(text.text):
             raise UserError(f"{place} has half a surrogate pair (\\ud800 to \\udfff): mend the row")
-    chats = [text for text in texts if text.form == "messages"]
-    others = [text for text in texts if text.form != "messages"]
-    coded_chats, coded_others = iter(encode_chats(tokenizer, chats)), iter(encode_pieces(tokenizer, others))
-    return [next(coded_chats if text.form == "messages" else coded_others) for text in texts]
+    chats, others = [], []
+    for text in texts:
+        (chats if text.form == "messages" else others).append(text)
+    coded = {"chats": iter(encode_chats(tokenizer, chats)), "others": iter(encode_pieces(tokenizer, others))}
+    return [next(coded["chats" if text.form == "messages" else "others"]) for text in texts]
 
 
 def how_to_keep(lengths: list[int], rows: int) -> str:
     """The --max_length that keeps most rows whole, and the one that keeps all, where too many do not fit."""
     lengths = sorted(lengths, reverse=True)
-    if not lengths:
-        return "more than 3 % of the rows are dropped: see the reasons above"
     most = lengths[min(len(lengths) - 1, rows // 100)]
     return f"{len(lengths) / rows:.0%} of the rows do not fit: --max_length {most} keeps 99 % whole, {lengths[0]} all"
 
@@ -1117,22 +1158,29 @@ def load_tokens(patterns, tokenizer, args, names: list[str], show: bool) -> Toke
         files = [(source, path, iterate_rows(path)) for source, path in zip(sources, paths, strict=True)]
         return tokenize_files(files, tokenizer, args, names, show_bar)
 
-    key = cache_key(paths, tokenizer, args, names) if args.cache_dir else None
+    key = None
+    if args.cache_dir:
+        key = cache_key(paths, tokenizer, args, names)
     if key is None:
         return build(show)
     file = Path(args.cache_dir).expanduser() / f"{key}.safetensors"
-    limit = len(tokenizer)
+    built = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.with_suffix(".lock")):
-            data = read_cache(file, limit)
+            data = read_cache(file, len(tokenizer))
             if data is None:
-                write_cache(file, build(True))  # not kept here as well: the file's pages are the one copy
-                data = read_cache(file, limit)
+                built = build(True)
+                write_cache(file, built)
+                built = None  # the file's pages are the one copy
+                data = read_cache(file, len(tokenizer))
             return data
     except OSError as error:
-        data = build(show)
-        data.remarks.append(f"--cache_dir {args.cache_dir} can't be used ({error}): give a folder that can, or ''")
+        data = built or build(show)
+        reason = error.strerror or error
+        data.remarks.append(
+            f"--cache_dir {args.cache_dir} can't be used ({reason}): name another folder, or '' for none"
+        )
         return data
 
 
@@ -1162,7 +1210,10 @@ def cache_key(paths: list[str], tokenizer, args, names: list[str]) -> str | None
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        tokenizer_files = [(file.name, file_hash(file)) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+        tokenizer_files = []
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                tokenizer_files.append((file.name, file_hash(file)))
     parts = {
         "code": file_hash(Path(__file__)),
         "libraries": [tokenizers.__version__, transformers.__version__],
@@ -1191,29 +1242,33 @@ def locked(path: Path):
         yield
 
 
+CACHED_TENSORS = {
+    "ids": torch.int32,
+    "supervised": torch.bool,
+    "offsets": torch.int64,
+    "sources": torch.int64,
+    "numbers": torch.int64,
+}
+CACHED_VALUES = ("names", "shortened", "dropped", "files", "forms", "remarks")
+
+
 def write_cache(file: Path, data: TokenizedRows) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {
-        "ids": data.ids,
-        "supervised": data.supervised,
-        "offsets": torch.tensor(data.offsets),
-        "sources": data.sources,
-        "numbers": data.numbers,
-    }
-    rest = {name: getattr(data, name) for name in CACHED_VALUES}
-    with replacing(file) as aside:
-        save_file(tensors, aside, metadata={"rest": json.dumps(rest)})
-
-
-CACHED_VALUES = ("names", "shortened", "dropped", "files", "forms", "remarks")
+    tensors = {name: torch.as_tensor(getattr(data, name)) for name in CACHED_TENSORS}
+    values = {name: getattr(data, name) for name in CACHED_VALUES}
+    try:
+        with replacing(file) as aside:
+            save_file(tensors, aside, metadata={"values": json.dumps(values)})
+    except SafetensorError as error:  # its name for a full disk and the like
+        raise OSError(str(error)) from None
 
 
 def read_cache(file: Path, vocabulary: int) -> TokenizedRows | None:
     """The rows of a cache file, None where there is none or it is damaged.
 
-    Safetensors and JSON hold numbers and text alone: whoever writes such a file can't make us run anything. What would
-    make a later step fail far from here (ids beyond the vocabulary, rows that overlap) is checked.
+    Safetensors and JSON hold numbers and text alone: whoever writes such a file can't make us run anything.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -1221,30 +1276,32 @@ def read_cache(file: Path, vocabulary: int) -> TokenizedRows | None:
         return None
     try:
         with safe_open(file, framework="pt") as f:
-            tensors = {name: f.get_tensor(name) for name in ("ids", "supervised", "offsets", "sources", "numbers")}
-            rest = json.loads(f.metadata()["rest"])
-        values = {name: rest[name] for name in CACHED_VALUES}
+            tensors = {name: f.get_tensor(name) for name in CACHED_TENSORS}  # mapped, not read
+            values = json.loads(f.metadata()["values"])
+        values = {name: values[name] for name in CACHED_VALUES}
+        if not is_sound(**tensors, sources_known=len(values["names"]), vocabulary=vocabulary):
+            return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
-    ids, supervised, offsets, sources = (tensors[name] for name in ("ids", "supervised", "offsets", "sources"))
-    rows = len(offsets) - 1
-    sound = (
-        [tensor.dtype for tensor in tensors.values()] == [torch.int32, torch.bool, *[torch.int64] * 3]
-        and rows > 0
-        and len(ids) == len(supervised) == int(offsets[-1])
-        and len(sources) == len(tensors["numbers"]) == rows
-        and int(offsets[0]) == 0
-        and bool((offsets.diff() >= 2).all())
-        and int(ids.min()) >= 0
-        and int(ids.max()) < vocabulary
-        and int(sources.min()) >= 0
-        and int(sources.max()) < len(values["names"])
-    )
-    if not sound:
-        return None
-    tensors["offsets"] = offsets.tolist()
+    tensors["offsets"] = tensors["offsets"].tolist()
     values["files"] = [tuple(entry) for entry in values["files"]]
     return TokenizedRows(**tensors, **values)
+
+
+def is_sound(ids, supervised, offsets, sources, numbers, sources_known: int, vocabulary: int) -> bool:
+    """Whether tensors from a file are rows: what is not would fail far from here, or train on anything."""
+    tensors = (ids, supervised, offsets, sources, numbers)
+    if [tensor.dtype for tensor in tensors] != list(CACHED_TENSORS.values()):
+        return False
+    if len(offsets) < 2 or len(sources) != len(offsets) - 1 or len(numbers) != len(sources):
+        return False
+    if offsets[0] != 0 or offsets[-1] != len(ids) or len(supervised) != len(ids) or (offsets.diff() < 2).any():
+        return False
+    if supervised[offsets[:-1]].any():  # the first token of a row
+        return False
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        return False
+    return bool(sources.min() >= 0 and sources.max() < sources_known)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -1299,4 +1356,7 @@ def replacing(path: Path):
 
 
 def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Files, rows, tokenising, pools, micro-batch plans and flags of train_colm.py, and what it says to bad input."""
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -20,6 +21,7 @@ import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -1004,8 +1006,8 @@ def test_a_damaged_or_foreign_cache_file_is_made_again_and_runs_nothing(big, dem
         good[:-1],
         pickle.dumps(Attack()),
         changed(meta={}),
-        changed(meta={"rest": "[]"}),
-        changed(meta={"rest": json.dumps(json.loads(metadata["rest"]) | {"names": ["s0"]})}),
+        changed(meta={"values": "[]"}),
+        changed(meta={"values": json.dumps(json.loads(metadata["values"]) | {"names": ["s0"]})}),
         changed(ids=tensors["ids"] + 512),
         changed(ids=tensors["ids"] - 512),
         changed(ids=tensors["ids"].long()),
@@ -1014,6 +1016,7 @@ def test_a_damaged_or_foreign_cache_file_is_made_again_and_runs_nothing(big, dem
         changed(offsets=offsets.flip(0)),
         changed(offsets=torch.zeros_like(offsets)),
         changed(sources=tensors["sources"] - 1),
+        changed(supervised=~tensors["supervised"]),
         changed(sources=tensors["sources"][:-1]),
     ):
         cache.unlink()  # not in place: rows in use map the file
@@ -1027,6 +1030,23 @@ def test_a_cache_folder_that_cannot_be_used_is_said(big, demo_tokenizer, tmp_pat
     (tmp_path / "cache").write_text("a file")
     data = loaded(big[0], demo_tokenizer, *big[1])
     assert len(data) == 13 and f"--cache_dir {tmp_path}/cache can't be used" in data.remarks[-1]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_costs_the_kept_tokens_alone(big, demo_tokenizer, monkeypatch, error):
+    make, begun = colm_data.tokenize_files, []
+
+    def full(*_, **__):
+        raise error
+
+    def counted(*args):
+        begun.append(1)
+        return make(*args)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(colm_data, "tokenize_files", counted)
+    data = loaded(big[0], demo_tokenizer, *big[1])
+    assert len(data) == 13 and "can't be used (No space left" in data.remarks[-1] and len(begun) == 1
 
 
 def test_one_process_of_a_host_tokenises_for_all(big, monkeypatch):
