@@ -720,19 +720,22 @@ class ChatTemplate:
         upto = whole
         if number < len(messages) - 1:
             upto = self.render(messages[: number + 1], tools, place)
-        # A last turn may be printed otherwise than the same turn within a conversation: with thoughts, or EOS after it.
-        grown = whole.startswith(upto)
-        limit = len(upto) if grown else len(whole)
         content = messages[number]["content"].strip()
-        at = whole.find(content, start, limit)
+        at = whole.find(content, start)
         after_content = at + len(content) if at >= 0 else start  # the content may hold the token that ends turns
-        found = whole.find(ending, after_content, limit)
-        if ending and found >= 0:
-            end = found + len(ending)
-        elif grown:
-            end = start + len(whole[start:limit].rstrip())
+        if whole.startswith(upto):
+            found = whole.find(ending, after_content, len(upto))
+            end = found + len(ending) if ending and found >= 0 else start + len(whole[start : len(upto)].rstrip())
+        elif at < 0 or whole[start:at].strip():  # the template cuts this turn where it is not the last
+            return start, start
         else:
-            raise rewrites
+            # As the last turn it is printed otherwise: with thoughts before it, or with an EOS after it. Its end must
+            # follow the content, or stand in what both have in common: any later one is another turn's.
+            found = whole.find(ending, after_content)
+            in_common = len(os.path.commonprefix([whole, upto]))
+            if not ending or found < 0 or (whole[after_content:found].strip() and found + len(ending) > in_common):
+                raise rewrites
+            end = found + len(ending)
         for marker in (prompt.strip(), header.strip()):
             if marker and marker in whole[start:end] and marker not in content:
                 raise rewrites

@@ -608,6 +608,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_or_trained_on_the_las
     assert texts(data, tokenizer) == ["[INST] hi [/INST] hello</s>[INST] Be kind. 1 + 2? [/INST]", " 3</s>"]
 
 
+@pytest.mark.parametrize("answer", ["3", ""])
+def test_an_end_that_is_another_turns_is_refused(answer):
+    """Turns that call tools end otherwise, and EOS after the last turn hides where: no mask would be right."""
+    template = PHI3.replace("'<|end|>\n'", "('<|call|>' if m.tool_calls else '<|end|>') + '\n'")
+    tokenizer = chat_tokenizer(template)
+    messages = [PLAIN[0], said("assistant", "add()", tool_calls=[CALL | {"id": "1"}]), said("tool", answer)]
+    messages += [said("assistant", "add() is 3"), said("user", "thanks"), said("assistant", "")]
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        tokenized([{"messages": messages}], tokenizer)
+    parts = texts(tokenized([{"messages": messages[:4]}], tokenizer, "--train_on", "last"), tokenizer)
+    assert parts[1] == "add() is 3<|end|>"
+    printing = "m['content'] + (m.tool_calls | tojson if m.tool_calls else '')"
+    tokenizer = chat_tokenizer(PHI3.replace("m['content']", printing))  # where they end as others do, all is well
+    parts = texts(tokenized([{"messages": messages}], tokenizer), tokenizer)
+    assert parts[1].startswith("add()[{") and parts[1].endswith('"id": "1"}]<|end|>')
+    assert parts[3::2] == ["add() is 3<|end|>", "<|end|>"]
+
+
 def test_turns_can_be_left_out_of_the_loss():
     tokenizer = chat_tokenizer(CHATML)
     for mark in ({"weight": 0}, {"train": False}):
