@@ -200,6 +200,20 @@ def test_a_hub_dataset_is_named_with_its_config_and_split(hub, path, args, kwarg
     assert hub == [(args, kwargs)]
 
 
+def test_tokens_of_a_hub_dataset_are_kept_under_its_files(hub, demo_tokenizer, tmp_path, monkeypatch):
+    class Kept(list):
+        cache_files = [{"filename": str(write(tmp_path / "name-train.arrow", ALPACA))}]
+
+    monkeypatch.setattr(colm_data, "SMALL", 100)
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *_, **__: Kept(ALPACA))
+    first = loaded("org/name", demo_tokenizer, "--cache_dir", str(tmp_path / "cache"))
+    monkeypatch.setattr(colm_data, "tokenize_files", never)
+    assert same(first, loaded("org/name", demo_tokenizer, "--cache_dir", str(tmp_path / "cache")))
+    write(tmp_path / "name-train.arrow", ALPACA[1:])
+    with pytest.raises(AssertionError, match="tokenised again"):
+        loaded("org/name", demo_tokenizer, "--cache_dir", str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "org/name"])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
     package = "pyarrow" if name == "rows.parquet" else "datasets"
