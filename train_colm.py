@@ -36,6 +36,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -157,7 +158,8 @@ def build_parser() -> Parser:
     add("--keep_checkpoints", type=int, default=2)
     add("--resume", help="auto (the newest checkpoint, if any) or a checkpoint folder")
     add("--eval_every", type=int, default=100, help="steps between evaluations of --eval_file")
-    add("--report_to", nargs="+", choices=["tensorboard", "wandb"], default=[])
+    add("--report_to", nargs="+", choices=["png", "tensorboard", "wandb"], default=[], help="png: OUTPUT/run.png")
+    add("--run_name", help="the run's name in wandb; default: the name of --output_dir")
     add("--seed", type=int, default=0)
     return parser
 
@@ -179,7 +181,9 @@ def check_args(args: argparse.Namespace) -> None:
     """Rules that need no data."""
     positive = ["pool_size", "coreset_size", "num_directions", "spsa_eps", "sparsify_dims", "lora_alpha"]
     positive += ["learning_rate", "max_grad_norm", "num_epochs", "max_tokens_per_micro_batch", "keep_checkpoints"]
-    for name in positive + (["max_steps"] if args.max_steps is not None else []):
+    if args.max_steps is not None:
+        positive.append("max_steps")
+    for name in positive:
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give a positive number")
     at_least_0 = ["lora_r", "warmup_ratio", "weight_decay", "save_every", "eval_every", "lora_dropout"]
@@ -204,9 +208,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
-    for package in args.report_to:
+    for name in args.report_to:
+        package = {"png": "matplotlib"}.get(name, name)
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--report_to {package} needs a package: pip install {package}")
+            raise UserError(f"--report_to {name} needs a package: pip install {package}")
 
 
 # ------------------------------------------------------------------------------------------------------- random numbers
@@ -600,8 +605,7 @@ def log_step(run: Run, done: int, pool: Tensor, choice: Choice, clock: Clock, **
         picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
         append(folder / "metrics.jsonl", record)
         append(folder / "selection.jsonl", {"step": done} | {name: number[r].tolist() for name, r in picked.items()})
-    if run.args.report_to:
-        run.accelerator.log(record, step=done)
+    run.accelerator.log(record, step=done)  # nothing without trackers
 
 
 # -------------------------------------------------------------------------------------------------------- held-out loss
@@ -637,11 +641,12 @@ def log_evaluation(run: Run, step: int) -> None:
     record = {"step": step} | evaluate(run)
     if run.accelerator.is_main_process:
         append(Path(run.args.output_dir) / "eval.jsonl", record)
-    if run.args.report_to:
-        flat = {name: value for name, value in record.items() if isinstance(value, float)}
-        for source, value in record["eval_loss_of"].items():
-            flat[f"eval_loss/{source}"] = value
-        run.accelerator.log(flat, step=step)
+        if "png" in run.args.report_to and step > 0:
+            draw_run(run)
+    flat = {name: value for name, value in record.items() if isinstance(value, float)}
+    for source, value in record["eval_loss_of"].items():
+        flat[f"eval_loss/{source}"] = value
+    run.accelerator.log(flat, step=step)
 
 
 # ----------------------------------------------------------------------------------- sources where there are none (5.4)
@@ -728,7 +733,9 @@ def load_adapter(model, checkpoint: Path) -> None:
         peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(checkpoint), device="cpu"))
     except Exception as error:  # a cut or foreign file fails in many ways
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{checkpoint}: its adapter can't be read ({reason}): use another checkpoint") from None
+        raise UserError(
+            f"{checkpoint}/adapter_model.safetensors can't be read ({reason}): use another checkpoint"
+        ) from None
 
 
 def add_lora(model, args):
@@ -820,7 +827,9 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
 
 
 def make_accelerator(args) -> Accelerator:
-    accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
+    trackers = [name for name in args.report_to if name != "png"]
+    folders = ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "tensorboard"))
+    accelerator = Accelerator(log_with=trackers or None, project_config=folders)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
@@ -996,6 +1005,80 @@ def rewind(folder: Path, step: int) -> None:
         records = read_records(folder / name, step)
         with replacing(folder / name) as aside:
             aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def rows_by_source(run: Run) -> dict[str, list[int]]:
+    """How many rows of each source were drawn, kept and selected so far, from selection.jsonl."""
+    data = run.train
+    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
+    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
+    for record in read_records(Path(run.args.output_dir) / "selection.jsonl"):
+        for key, of_source in counts.items():
+            for row in record[key]:
+                of_source[source_of[row]] += 1
+    return counts
+
+
+def draw_run(run: Run) -> None:
+    """OUTPUT/run.png: loss, schedule, selection, time and memory of the run so far, for --report_to png."""
+    from matplotlib.figure import Figure
+
+    folder = Path(run.args.output_dir)
+    metrics, evals = read_records(folder / "metrics.jsonl"), read_records(folder / "eval.jsonl")
+    steps = [record["step"] for record in metrics]
+
+    def column(name: str) -> list[float]:
+        return [record[name] for record in metrics]
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    (losses, per_source, schedule), (selection, seconds, memory) = figure.subplots(2, 3)
+
+    losses.plot(steps, column("loss"), color="0.7", label="coreset")
+    eval_steps = [record["step"] for record in evals]
+    for name, label in (("eval_loss", "held out, per example"), ("eval_loss_source_mean", "mean over sources")):
+        losses.plot(eval_steps, [record[name] for record in evals], marker="o", label=label)
+    losses.set_title("loss, nats a token")
+
+    for source in run.train.names[:20]:  # more lines than that can't be told apart
+        seen = [record for record in evals if source in record["eval_loss_of"]]
+        points = [(record["step"], record["eval_loss_of"][source]) for record in seen]
+        if points:
+            per_source.plot(*zip(*points, strict=True), marker=".", label=source)
+    per_source.set_title("held-out loss of each source")
+
+    schedule.plot(steps, column("grad_norm"), color="0.7", label="gradient norm, before clipping")
+    schedule.set_yscale("log")
+    rate = schedule.twinx()
+    rate.plot(steps, column("lr"), color="C1")
+    rate.set_ylabel("learning rate", color="C1")
+    schedule.set_title("gradient norm and learning rate")
+
+    places = range(len(run.train.names))
+    for key, label, offset in (("pool", "of pools", -0.2), ("selected", "of coresets", 0.2)):
+        count = torch.tensor(rows_by_source(run)[key])  # [sources]
+        share = (100 * count / count.sum()).tolist()
+        selection.barh([place + offset for place in places], share, 0.4, label=label)
+    if len(places) <= 30:
+        selection.set_yticks(places, [name[:24] for name in run.train.names], fontsize="small")
+    selection.invert_yaxis()
+    selection.set_title("share of each source, %")
+
+    phases = ("probe", "select", "train")
+    seconds.stackplot(steps, [column(f"{phase}_s") for phase in phases], labels=phases)
+    seconds.set_ylim(0, 2 * sorted(column("step_s"))[len(steps) // 2])  # a first step that compiles is off the scale
+    seconds.set_title("seconds of a step")
+
+    memory.plot(steps, column("peak_gb"))
+    memory.set_ylim(0, 1.1 * max(column("peak_gb")))
+    memory.set_title("peak memory, GB")
+
+    for axes in (losses, per_source, schedule, selection, seconds):
+        axes.legend(fontsize="small")
+    for axes in (losses, per_source, schedule, seconds, memory):
+        axes.set_xlabel("step")
+    figure.suptitle(run.args.run_name or folder.absolute().name)
+    with replacing(folder / "run.png") as aside:
+        figure.savefig(aside, format="png", dpi=100)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -1201,7 +1284,7 @@ def open_output(run: Run, checkpoint: Path | None, start: int):
             raise UserError(f"--output_dir {folder} has been written to by another run: start again")
         stale = [path for path in checkpoints(folder) if run.args.overwrite or step_of(path) > start]
         if run.args.overwrite:
-            stale.append(folder / "final")
+            stale += [folder / "final", folder / "tensorboard", folder / "wandb_id"]
         for path in [*folder.glob("tmp-*"), *stale]:
             remove(path)
         rewind(folder, start if checkpoint else -1)
@@ -1252,12 +1335,7 @@ def summary(run: Run, final: Path) -> str:
         before = sum(record["loss"] for record in metrics[:tenth]) / tenth
         after = sum(record["loss"] for record in metrics[-tenth:]) / tenth
         what = "training loss, first and last tenth"
-    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
-    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
-    for record in read_records(folder / "selection.jsonl"):
-        for key, of_source in counts.items():
-            for row in record[key]:
-                of_source[source_of[row]] += 1
+    counts = rows_by_source(run)
     sizes = torch.bincount(data.sources, minlength=len(data.names)).tolist()
     lines = [f"\n{what}: {before:.4f} -> {after:.4f} in {len(metrics)} steps"]
     if run.args.cluster_sources:
@@ -1271,6 +1349,23 @@ def summary(run: Run, final: Path) -> str:
     kind = "adapter" if run.args.lora_r else "model"
     lines.append(f"{kind}: {final}")
     return "\n".join(lines)
+
+
+def start_trackers(run: Run, start: int) -> None:
+    """Begin the curves of --report_to, or continue those of the run that is resumed."""
+    args, folder = run.args, Path(run.args.output_dir)
+    options = {}
+    if "tensorboard" in args.report_to and start > 0:
+        options["tensorboard"] = {"purge_step": start + 1}  # steps that will be made again are shown once
+    if "wandb" in args.report_to and run.accelerator.is_main_process:
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        name = args.run_name or folder.absolute().name
+        options["wandb"] = {"name": name, "id": identity.read_text(), "resume": "allow"}
+    project = os.environ.get("WANDB_PROJECT", "colm")
+    config = {name: str(value) for name, value in vars(args).items()}
+    run.accelerator.init_trackers(project, config=config, init_kwargs=options)
 
 
 def stop_on_signals(run: Run) -> None:
@@ -1313,12 +1408,13 @@ def main(argv: list[str]) -> None:
     check_agreement(run, start)
     stop_on_signals(run)
     with open_output(run, checkpoint, start):
-        if args.report_to:
-            accelerator.init_trackers("colm", config={name: str(value) for name, value in vars(args).items()})
+        start_trackers(run, start)
         announce(run)
         train_loop(run, start)
         final = save_final(run)
         if accelerator.is_main_process:
+            if "png" in args.report_to:
+                draw_run(run)
             accelerator.print(summary(run, final))
         accelerator.wait_for_everyone()
         accelerator.end_training()
