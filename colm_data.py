@@ -725,7 +725,11 @@ class ChatTemplate:
             upto = self.render(messages[: number + 1], tools, place)
         content = messages[number]["content"].strip()
         at = whole.find(content, start)
-        after_content = at + len(content) if at >= 0 else start  # the content may hold the token that ends turns
+        if at < 0:  # it may begin with what the generation prompt ends with, such as <think>
+            at = whole.find(content, max(0, start - len(prompt)))
+        after_content = start  # the content may hold the token that ends turns
+        if at >= 0:
+            after_content = max(start, at + len(content))
         if whole.startswith(upto):
             found = whole.find(ending, after_content, len(upto))
             end = found + len(ending)

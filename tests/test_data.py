@@ -654,6 +654,34 @@ def test_an_answer_that_brings_its_own_end_gets_no_second_one():
     assert torch.equal(tokenized([{"messages": messages}], tokenizer).ids, expected.ids)
 
 
+def test_an_answer_that_speaks_of_the_token_that_ends_it_is_trained_whole():
+    tokenizer = chat_tokenizer(CHATML)
+    messages = [PLAIN[0], said("assistant", "<|im_end|> ends a turn"), *PLAIN[2:]]
+    parts = texts(tokenized([{"messages": messages}], tokenizer), tokenizer)
+    assert parts[1::2] == ["<|im_end|> ends a turn<|im_end|>", "3<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA])
+def test_a_first_turn_of_the_assistant_is_context(template):
+    tokenizer = chat_tokenizer(template)
+    messages = [said("assistant", "welcome"), *PLAIN]
+    parts = texts(tokenized([{"messages": messages}], tokenizer), tokenizer)
+    assert "welcome" in parts[0] and [part[0] for part in parts[1::2]] == ["h", "3"]
+    with pytest.raises(UserError, match="no row can be trained on.*1 row with no answer"):
+        tokenized([{"messages": messages[:1]}], tokenizer)
+
+
+def test_reasoning_is_not_put_back_into_a_conversation_that_then_changes():
+    cut = "{% set content = m['content'].split('</think>')[-1] %}"
+    assert cut in R1
+    only_at_the_end = (
+        "{% set content = m['content'] %}{% if loop.last or add_generation_prompt %}" + cut + "{% endif %}"
+    )
+    tokenizer = chat_tokenizer(R1.replace(cut, only_at_the_end))
+    with pytest.raises(UserError, match="does not print the last answer whole"):
+        tokenized([{"messages": ALL_THINKING}], tokenizer)
+
+
 def test_a_token_across_an_answers_border_is_cut_there():
     tokenizer = colm_data.demo_tokenizer()
     tokenizer.chat_template = (
