@@ -84,9 +84,10 @@ from colm_data import (
     TokenizedRows,
     UserError,
     config_flags,
+    default_cache_dir,
     demo_rows,
     load_tokenizer,
-    read_rows,
+    load_tokens,
     remove,
     replacing,
     tokenize,
@@ -112,8 +113,10 @@ def build_parser() -> Parser:
     add("--config", help="YAML file of flags; the command line goes first")
     add("--model", help="folder or hub id of a causal LM; without it a tiny random model")
     add("--trust_remote_code", action=flag, default=False, help="run Python code that the model's repository ships")
-    add("--train_file", help=".json, .jsonl (also .gz) or a hub dataset id, as org/name or org/name:split")
-    add("--eval_file", help="held-out rows in the same formats")
+    add("--train_file", nargs="+", help="files (.json, .jsonl, .csv, .parquet), globs or hub ids org/name:config:split")
+    add("--eval_file", nargs="+", help="held-out rows in the same formats")
+    add("--train_on", choices=["all", "last"], default="all", help="every answer of a conversation, or the last alone")
+    add("--cache_dir", default=default_cache_dir(), help="where tokens of large files are kept; '' keeps none")
     add("--source_field", default="source", help="the field that names a row's source")
     add("--output_dir", default="colm_output")
     add("--overwrite", action=flag, default=False, help="delete the run that --output_dir holds")
@@ -1073,8 +1076,11 @@ def samples(file, start: int, size: int, pieces: int, piece: int = 1024) -> byte
 
 def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows | None, set[int]]:
     """Training rows, held-out rows and the ids of the sources that are kept whole."""
-    rows, places = read_rows(args.train_file) if args.train_file else (demo_rows("train", 10), None)
-    train = tokenize(rows, places or [f"demo row {i + 1}" for i in range(len(rows))], tokenizer, args, [], show)
+    if args.train_file:
+        train = load_tokens(args.train_file, tokenizer, args, [], show)
+    else:
+        rows = demo_rows("train", 10)
+        train = tokenize(rows, ["demo"] * len(rows), tokenizer, args, [], show)
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
@@ -1096,11 +1102,16 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
             if name not in train.names:
                 raise UserError(f"--keep_sources {name} is no source: choose auto, none or of {', '.join(train.names)}")
         keep = {train.names.index(name) for name in args.keep_sources}
-    held_out = None
-    if args.eval_file or not args.train_file:
-        rows, places = read_rows(args.eval_file) if args.eval_file else (demo_rows("eval"), None)
-        places = places or [f"demo row {i + 1}" for i in range(len(rows))]
-        held_out = tokenize(rows, places, tokenizer, args, train.names, show)
+    if args.eval_file:
+        held_out = load_tokens(args.eval_file, tokenizer, args, train.names, show)
+    elif not args.train_file:
+        rows = demo_rows("eval")
+        held_out = tokenize(rows, ["demo"] * len(rows), tokenizer, args, train.names, show)
+    else:
+        held_out = None
+    for what, data in (("training", train), ("held-out", held_out)):
+        for line in data.remarks if data and show else []:
+            print(f"{what} rows: {line}")
     return train, held_out, keep
 
 
