@@ -832,9 +832,10 @@ def stop_ids(tokenizer) -> set[int]:
     """The tokens that end an answer: EOS, and the token that ends a turn of the chat template."""
     ids = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        ending = encode(tokenizer, [ChatTemplate(tokenizer).turn[2].strip()])[0]
-        if len(ending) == 1:
-            ids.update(ending)
+        with suppress(UserError):  # a template that prints no assistant's turn has no end for one
+            ending = encode(tokenizer, [ChatTemplate(tokenizer).turn[2].strip()])[0]
+            if len(ending) == 1 and ending[0] in tokenizer.get_added_vocab().values():  # no word of the text
+                ids.update(ending)
     return ids
 
 

@@ -70,7 +70,17 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import cached_file
 
-from colm_data import Parser, UserError, load_tokenizer, prompt_and_completion, read_rows, replacing
+from colm_data import (
+    Parser,
+    UserError,
+    chat_prompt,
+    load_tokenizer,
+    prompt_and_completion,
+    prompt_ids,
+    read_rows,
+    replacing,
+    stop_ids,
+)
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -367,39 +377,6 @@ class Batch:
             used = max(len(r.prompt) + len(r.tokens) - 1 for r in self.requests)  # the last token is yet to be read
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, -used:], layer.values[:, :, -used:]
-
-
-def prompt_ids(tokenizer, text: str) -> list[int]:
-    """A prompt's ids as in training: the tokens that start every text, then the text without special tokens.
-
-    A tokenizer that adds EOS by itself (`add_eos_token`) would end the prompt before the answer begins.
-    """
-    whole = tokenizer("a", verbose=False)["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    start = whole[: whole.index(plain[0])]
-    return start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def chat_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """The ids of a conversation in the tokenizer's chat template, which brings its own special tokens."""
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template raises what its author chose; without one it is a ValueError
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--chat_template: {reason}: use a tokenizer with a template, or --no-chat_template") from None
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def stop_ids(tokenizer) -> set[int]:
-    """The tokens that end an answer: EOS, and the one with which the chat template ends a turn, where it is another."""
-    ids = {tokenizer.eos_token_id}
-    with suppress(Exception):  # without a template, or where it refuses these two turns
-        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "ANSWER"}]
-        ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2].strip()
-        encoded = tokenizer(ending, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(encoded) == 1 and encoded[0] in tokenizer.get_added_vocab().values():
-            ids.update(encoded)
-    return ids
 
 
 def generate(rows: list[Row], model, tokenizer, room: int, args: argparse.Namespace, path: Path, show: bool) -> None:
@@ -1528,8 +1505,10 @@ def main(argv: list[str]) -> None:
     if not strict:
         state.print("warning: no strict score: it needs Linux and pip install 'math-verify[antlr4_13_2]'")
     model, tokenizer, room = load(args, state.device)
-    if args.chat_template:
-        chat_prompt(tokenizer, [{"role": "user", "content": "?"}])  # an error before anything is written
+    if args.chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "--chat_template: the tokenizer has none: use a tokenizer with a template, or --no-chat_template"
+        )
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not goes_on:

@@ -61,8 +61,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 
-from colm_data import Parser, UserError, read_rows, start_tokens
-from eval_math import load, out_of_memory, wilson
+from colm_data import Parser, UserError, prompt_ids, read_rows, start_tokens
+from eval_math import load, out_of_memory, trained_on_chats, wilson
 
 OFFICIAL_MAX_LENGTH = 2048  # MeZO's, whose prompts these are; 512 cuts 8.8 % of MultiRC's prompts (Phi-2's tokens)
 
@@ -503,17 +503,6 @@ def prepare(args) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- from text to ids
-
-
-def prompt_ids(tokenizer, text: str) -> list[int]:
-    """The ids of a prompt as the trainer makes them: start tokens and the text, without an EOS at its end.
-
-    Tokenizers that add EOS to every text (`add_eos_token`) would otherwise end the prompt with it.
-    """
-    ids, start = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], start_tokens(tokenizer)
-    if ids[: len(start)] == start:  # the text was rendered with its start tokens
-        return ids
-    return start + ids
 
 
 ANSWER = "ANSWER"  # stands in for an option while the chat template is rendered
@@ -983,12 +972,6 @@ def choose_defaults(args, model, tokenizer) -> None:
         args.chat_template = trained_on_chats(args.model)
     if args.chat_template and not tokenizer.chat_template:
         raise UserError(f"--chat_template: the tokenizer of {args.model} has none: drop it, or give --no-chat_template")
-
-
-def trained_on_chats(model: str) -> bool:
-    """Whether the trainer noted beside an adapter or model that its rows were rendered by the chat template."""
-    path = Path(model, "colm_prompts.json")
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def score(args) -> None:

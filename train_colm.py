@@ -1393,6 +1393,8 @@ def save_model(run: Run, folder: Path, weights: dict) -> None:
     run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
     run.tokenizer.save_pretrained(folder)
     (folder / "settings.json").write_text(json.dumps(run.settings, indent=1))
+    chat = {"chat_template": run.train.rendering == "messages"}  # how an evaluation should ask
+    (folder / "colm_prompts.json").write_text(json.dumps(chat))
 
 
 def save_checkpoint(run: Run, step: int) -> Path:

@@ -1066,7 +1066,7 @@ def test_sets_come_from_the_hub_and_the_official_repository_without_a_folder(mon
         (["--tasks", "HOME/noanswer.jsonl"], "noanswer.jsonl line 1 has no field 'answer' or 'Answer' or 'correct'"),
         (["--tasks", "HOME/list.json"], "list.json row 1: field 'answer' is .* must be a text or a number"),
         (["--tasks", "HOME/empty.json"], "empty.json row 1: field 'answer' is .* must be a text or a number"),
-        (["--tasks", "HOME/number.jsonl"], "number.jsonl line 1 is a int: every row must be a JSON object"),
+        (["--tasks", "HOME/number.jsonl"], "number.jsonl starts with '3', which is not JSON"),
         (["--tasks", "HOME/sums.jsonl", "HOME/sums.jsonl"], "names a task twice"),
         (["--output_dir", "HOME/whole", "--max_rows", "3"], "max_rows is 3, but .*whole holds a run with None"),
         (["--output_dir", "HOME/whole", "--max_new_tokens", "9"], "max_new_tokens is 9, but .* with 24"),
@@ -1076,7 +1076,7 @@ def test_sets_come_from_the_hub_and_the_official_repository_without_a_folder(mon
         (["--max_new_tokens", "4000"], "leaves no room for a prompt"),
         (["--model", "HOME/nothing"], "--model .*nothing: .*: give a causal LM's folder"),
         (["--model", "HOME/orphan"], "--model .*orphan: .*: its base is /gone, name another with --base_model"),
-        (["--tasks", "HOME/none.json"], "none.json holds no rows"),
+        (["--tasks", "HOME/none.json"], "none.json is empty"),
         (["--beam", "4"], "unrecognized arguments: --beam 4"),
     ],
 )

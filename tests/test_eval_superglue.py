@@ -736,7 +736,7 @@ def refused(capsys, *argv) -> str:
     "task, content, wanted",
     [
         ("CB", None, "does not exist: give a file, or CB alone for the hub's aps/super_glue:cb"),
-        ("CB", ['{"premise": "a"', "{}"], "line 1: broken JSON"),
+        ("CB", ['{"premise": "a"', "{}"], "line 2: broken JSON"),
         ("CB", ["[1]"], "row 1 can't be read as CB"),
         ("CB", {"premise": "a", "hypothesis": "b"}, "line 1 has no field 'label': give a labelled file"),
         ("CB", {"premise": "a", "hypothesis": "b", "label": "yes"}, "['yes'] is not one of 'entailment'"),
