@@ -831,7 +831,7 @@ def chat_prompt(tokenizer, messages: list[dict], tools: list | None = None) -> l
 def stop_ids(tokenizer) -> set[int]:
     """The tokens that end an answer: EOS, and the token that ends a turn of the chat template."""
     ids = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
+    with suppress(UserError):  # no template, or one that refuses a plain question and its answer
         ending = encode(tokenizer, [ChatTemplate(tokenizer).turn[2].strip()])[0]
         if len(ending) == 1:
             ids.update(ending)
