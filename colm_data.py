@@ -745,9 +745,6 @@ class ChatTemplate:
             if not ending or found < 0 or (whole[after_content:found].strip() and found + len(ending) > in_common):
                 raise rewrites
             end = found + len(ending)
-        for marker in (prompt.strip(), header.strip()):
-            if marker and marker in whole[start:end] and marker not in content:
-                raise rewrites
         return start, end
 
     def uncut(self, whole: str, messages: list[dict], tools, place: str, answers: list[Answer]) -> tuple[str, int, int]:
