@@ -745,9 +745,6 @@ class ChatTemplate:
             if not ending or found < 0 or (whole[after_content:found].strip() and found + len(ending) > in_common):
                 raise rewrites
             end = found + len(ending)
-        for marker in (prompt.strip(), header.strip()):
-            if marker and marker in whole[start:end] and marker not in content:
-                raise rewrites
         return start, end
 
     def uncut(self, whole: str, messages: list[dict], tools, place: str, answers: list[Answer]) -> tuple[str, int, int]:
@@ -831,11 +828,10 @@ def chat_prompt(tokenizer, messages: list[dict], tools: list | None = None) -> l
 def stop_ids(tokenizer) -> set[int]:
     """The tokens that end an answer: EOS, and the token that ends a turn of the chat template."""
     ids = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        with suppress(UserError):  # a template that prints no assistant's turn has no end for one
-            ending = encode(tokenizer, [ChatTemplate(tokenizer).turn[2].strip()])[0]
-            if len(ending) == 1 and ending[0] in tokenizer.get_added_vocab().values():  # no word of the text
-                ids.update(ending)
+    with suppress(UserError):  # no template, or one that refuses a plain question and its answer
+        ending = encode(tokenizer, [ChatTemplate(tokenizer).turn[2].strip()])[0]
+        if len(ending) == 1 and ending[0] in tokenizer.get_added_vocab().values():  # no word of the text
+            ids.update(ending)
     return ids
 
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import colm_data
 import train_colm
-from colm_data import UserError, chat_prompt, prompt_ids, read_rows
+from colm_data import Text, UserError, chat_prompt, prompt_ids, read_rows
 from train_colm import draw_pool, parse_args, plan_micro_batches
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -370,6 +370,7 @@ ENDLESS = (  # nothing ends a turn
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+LINES = ENDLESS.replace("': '", "':\n'").replace("assistant: ", "assistant:\n")  # nor does a token reach over a border
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
 MARKERS += ["<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
@@ -474,9 +475,10 @@ SUPERVISED = [
     ),
     (VICUNA, PLAIN, ["USER: hi ASSISTANT:", " hello</s>", "USER: 1 + 2? ASSISTANT:", " 3</s>"]),
     (ENDLESS, PLAIN, ["user: hi\nassistant: ", "hello", "\nuser: 1 + 2?\nassistant: ", "3</s>"]),
+    (LINES, PLAIN, ["user:\nhi\nassistant:\n", "hello", "\nuser:\n1 + 2?\nassistant:\n", "3</s>"]),
 ]
 TEMPLATES = {"CHATML": CHATML, "LLAMA3": LLAMA3, "MISTRAL": MISTRAL, "GEMMA": GEMMA, "QWEN3": QWEN3, "R1": R1}
-TEMPLATES |= {"PHI3": PHI3, "VICUNA": VICUNA, "ENDLESS": ENDLESS}
+TEMPLATES |= {"PHI3": PHI3, "VICUNA": VICUNA, "ENDLESS": ENDLESS, "LINES": LINES}
 NAME_OF = {template: name for name, template in TEMPLATES.items()}
 IDS = [f"{NAME_OF[case[0]]}-{i}" for i, case in enumerate(SUPERVISED)]
 
@@ -707,6 +709,21 @@ def test_tokenizers_without_offsets_give_the_same_tokens(monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     slow = tokenized(rows, tokenizer)
     assert torch.equal(fast.ids, slow.ids) and torch.equal(fast.supervised, slow.supervised)
+
+
+def test_truncation_and_padding_that_a_tokenizers_file_asks_for_are_not_applied():
+    tokenizer = chat_tokenizer(CHATML)
+    expected = chat_prompt(tokenizer, PLAIN[:3]), colm_data.encode(tokenizer, ["a", "b" * 9])
+    chats = [Text("a b c", [colm_data.Answer(2, 3, False)], "messages")] * 2
+    marked = colm_data.encode_chats(tokenizer, chats)
+    for call, result in (
+        (lambda: chat_prompt(tokenizer, PLAIN[:3]), expected[0]),
+        (lambda: colm_data.encode(tokenizer, ["a", "b" * 9]), expected[1]),
+        (lambda: colm_data.encode_chats(tokenizer, chats), marked),
+    ):
+        tokenizer.backend_tokenizer.enable_truncation(2)
+        tokenizer.backend_tokenizer.enable_padding(length=64)
+        assert call() == result
 
 
 def test_a_template_that_prints_the_date_prints_a_fixed_one(monkeypatch):

@@ -905,7 +905,7 @@ def test_the_token_that_ends_a_turn_ends_an_answer(home):
     assert E.stop_ids(tokenizer) == {tokenizer.eos_token_id}
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     turn, im_end = "{% for m in messages %}[{{ m.role }}]{{ m.content }}", tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for end, ids in (("<|im_end|>\n", {im_end}), ("<|end|>", set()), (".", set()), ("<|im_end|> <|end|>", set())):
+    for end, ids in (("<|im_end|>\n", {im_end}), ("<|end|>", set()), (".", set()), ("<|im_end|> <|end|>", {im_end})):
         tokenizer.chat_template = turn + end + "{% endfor %}"
         assert E.stop_ids(tokenizer) == {tokenizer.eos_token_id} | ids
 
