@@ -183,8 +183,11 @@ def test_models_whose_attention_can_be_packed_are_packed(kind, precision, capsys
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("kind", LEAKING)
+@pytest.mark.parametrize(
+    "kind, precision",
+    # in bf16 those whose fault could hide in the rounding
+    [*((kind, "no") for kind in LEAKING), *((kind, "bf16") for kind in LEAKING[:4])],
+)
 def test_models_that_would_mix_packed_examples_are_padded_with_a_word(kind, precision, capsys):
     assert not check(kind, precision)
     lines = capsys.readouterr().out.splitlines()
@@ -203,8 +206,7 @@ def test_a_window_shows_only_on_rows_that_are_longer(capsys):
     assert not check("phimoe", sliding_window=40, **MOE)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("kind", ["bert", "electra"])
+@pytest.mark.parametrize("kind, precision", [("bert", "no"), ("bert", "bf16"), ("electra", "no")])
 def test_models_that_look_ahead_are_refused(kind, precision):
     with pytest.raises(UserError, match="not causal.*is_decoder: true"):
         check(kind, precision, is_decoder=False)
@@ -279,11 +281,11 @@ def test_a_token_beyond_the_embedding_is_refused_only_where_a_row_uses_it(flags,
 @pytest.mark.parametrize("kv_heads, d_head, d_v", [(4, 8, 8), (2, 12, 5), (1, 6, 10)])
 def test_packed_attention_is_causal_attention_of_each_example(window, kv_heads, d_head, d_v):
     """Also with windows between the examples' lengths and that of the filling, which is one more example."""
-    lengths, longest = [50, 1, 7, 30], 50
+    lengths, longest = [50, 1, 7, 30, 45], 50
     examples = [(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in lengths]
     batch = pack(examples, longest)
     total = batch.input_ids.shape[1]
-    assert batch.longest == longest and total == 128  # a filling of 40
+    assert total == 256 and batch.longest == 123  # the filling: longer than any example and than the windows
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, total, width, generator=generator, dtype=torch.float64)
@@ -303,15 +305,6 @@ def test_packed_attention_is_causal_attention_of_each_example(window, kv_heads, 
                 expected = weight @ value[first : t + 1]
                 torch.testing.assert_close(out[0, start + t, head], expected)
         start += n
-
-
-def test_a_window_longer_than_the_rows_trains_packed(flags, tmp_path):
-    folder = save(make_model("window", sliding_window=100), tmp_path / "model")
-    losses = []
-    for switch in ("--packing", "--no-packing"):
-        train(flags(switch, "--max_length 64", model=folder, out=switch))
-        losses.append([r["loss"] for r in records(tmp_path / switch)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- LoRA targets
