@@ -25,8 +25,9 @@ README gives the reason under the same number.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -445,6 +446,22 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
 
 
+class VProjection(NamedTuple):
+    """Where a model's last V projection is: what `find_v_projection` learned by running the model once.
+
+    A plain value, so that one process can find it before the weights are sharded and send it to all others.
+    """
+
+    name: str  # of the linear projection, as in model.named_modules()
+    layer: str  # name of the decoder layer around it
+    rows: tuple[int, ...]  # its output channels that are V, d_v of them
+    d_in: int  # its input width
+    before: int  # how many layers of the same nn.ModuleList may be run once for all perturbed copies
+    stackable: bool = True  # perturbed copies can travel together behind the layer
+    wide: bool = True  # what follows the projection runs in the next wider precision
+    cautions: tuple[str, ...] = ()  # why SPSA should not be trusted on this model; the exact probe is not concerned
+
+
 class VProjectionProbe:
     """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] if it has an adapter, else W [d_v, d_in].
 
@@ -452,80 +469,120 @@ class VProjectionProbe:
     that lets the model's own modules run (DDP: pass the inner module; FSDP2: the wrapped model). Weights are never
     written. Call them with the model in evaluation mode: dropout would be noise in the signal.
 
-    `module_name` names the projection where it can't be found; all its outputs then count as V.
+    The projection is found by running two short rows (`find_v_projection`), in a second of most models. Where running
+    is not possible, as on ranks without weights, give what another process `found`. `module_name` names a projection
+    instead: its V rows are probed, or all its outputs where none of them becomes the value of an attention. A
+    projection that can't be found or probed is a ValueError that names candidates.
     """
 
-    SEPARATE = ("v_proj", "value", "v_lin")
-    STACKED = ("qkv_proj", "Wqkv", "c_attn")  # rows [q | k | v]; c_attn is a Conv1D with the same output order
-    PER_HEAD = ("query_key_value",)  # GPT-NeoX: rows [q k v] of head 0, then of head 1, ...
-
-    def __init__(self, model: nn.Module, module_name: str | None = None):
-        self.model, modules = model, dict(model.named_modules())
-        known = self.SEPARATE + self.STACKED + self.PER_HEAD
-        if module_name is None:
-            found = [name for name in modules if name.rpartition(".")[2] in known]
-        else:
-            found = [name for name in modules if name == module_name or name.endswith("." + module_name)]
-        if not found:
-            raise ValueError(self._candidates(model, f"no module named {module_name or ' or '.join(known)}"))
-        self.name = found[-1]
-        self.module = modules[self.name]
-        self.layer_name, self.layers = self._enclosing_layer(modules, self.name)
-        self.layer = modules[self.layer_name]
-        if self.layer is not self.layers[-1]:
-            raise ValueError(self._candidates(model, f"{self.name} is not in the last decoder layer"))
-        last = max(i for i, name in enumerate(modules) if name.startswith(self.layer_name + "."))
-        after = [*self.layer.modules(), *list(modules.values())[last + 1 :]]  # its own, the final norm and the head
-        self.tail = [m for m in after if next(m.parameters(recurse=False), None) is not None]
-        weight = self._weight(self.module)
-        conv1d = type(getattr(self.module, "base_layer", self.module)).__name__ == "Conv1D"  # weight [d_in, d_out]
-        d_out, d_in = weight.shape[::-1] if conv1d else weight.shape
-        self.rows = self._v_rows(model, d_out, explicit=module_name is not None)  # [d_v] output channels
+    def __init__(self, model: nn.Module, module_name: str | None = None, found: VProjection | None = None):
+        self.model = model
+        self.found = found = found or find_v_projection(model, module_name)
+        self.name = found.name
+        self.module = model.get_submodule(found.name)
+        self.layer = model.get_submodule(found.layer)
+        self.layers = model.get_submodule(found.layer.rpartition(".")[0])  # the nn.ModuleList of all layers
+        self.rows = torch.tensor(found.rows)  # [d_v]
         adapter = self._adapter()
-        self.shape = (len(self.rows), adapter[0].weight.shape[0] if adapter else d_in)  # z and G of one example
+        rank_or_width = found.d_in
+        if adapter is not None:
+            lora_a, _ = adapter
+            rank_or_width = lora_a.weight.shape[0]
+        self.shape = (len(found.rows), rank_or_width)  # of z, and of the gradient G of one example
         self.dims = math.prod(self.shape)
+        self._cautioned = False
 
-    @staticmethod
-    def _weight(module: nn.Module) -> Tensor:
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if weight is None or weight.dim() != 2:
-            raise ValueError(f"{type(module).__name__} has no weight matrix: name a linear projection")
-        return weight
+    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Exact per-example gradients of the probed matrix, [n, D]: Eq. 6 for infinitely many directions.   # DIFFERS 5
 
-    @staticmethod
-    def _enclosing_layer(modules: Mapping[str, nn.Module], name: str) -> tuple[str, nn.ModuleList]:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            if isinstance(layers := modules[".".join(parts[:end])], nn.ModuleList):
-                return ".".join(parts[: end + 1]), layers
-        raise ValueError(f"{name} lies in no nn.ModuleList of decoder layers: name a projection that does")
+        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
+        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end.
 
-    @staticmethod
-    def _candidates(model: nn.Module, problem: str) -> str:
-        names = [n for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
-        names = [n for n in names if "lora_" not in n and not n.endswith("base_layer")]
-        last = [n for n in names if any(part.isdigit() for part in n.split("."))][-12:]
-        return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
+        V = x A^T B^T, so that the gradient of B is G_i = sum_t delta_it (scaling A x_it)^T with delta = dL/dV. Autograd
+        runs from V onward only: V becomes a leaf, and no layer before it keeps anything for a backward pass.
+        """
+        taped: list[Tensor] = []
 
-    def _v_rows(self, model: nn.Module, d_out: int, explicit: bool) -> Tensor:
-        """Output channels that are V, [d_v]."""
-        leaf = self.name.rpartition(".")[2]
-        rows = torch.arange(d_out)
-        if leaf in self.SEPARATE or (explicit and leaf not in self.STACKED + self.PER_HEAD):
-            return rows
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if leaf in self.STACKED and d_out == (heads + 2 * kv_heads) * head_dim:
-            return rows[-kv_heads * head_dim :]
-        if leaf in self.PER_HEAD and model.config.model_type == "gpt_neox" and d_out == 3 * heads * head_dim:
-            return rows.view(heads, 3, head_dim)[:, 2].flatten()
-        raise ValueError(self._candidates(model, f"{self.name} has {d_out} outputs in an unknown layout"))
+        def make_leaf(module, args, output):
+            low = self._low_rank_input(args[0])  # [B, T, r]
+            torch.set_grad_enabled(True)  # until the no_grad block below ends
+            rows = self._rows_on(output.device)
+            leaf = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
+            taped.extend((low, leaf))
+            return output.index_copy(-1, rows, leaf)
 
-    def _rows_on(self, device) -> Tensor:
-        self.rows = self.rows.to(device)  # moves once
-        return self.rows
+        with torch.no_grad(), self._tail_as_written(), self._hooked(make_leaf):
+            loss = losses().sum()
+            self._check_runs(len(taped) // 2, 1)
+            low, leaf = taped
+            (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
+        low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
+        dtype = torch.promote_types(low.dtype, torch.float32)
+        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
+
+    @torch.no_grad()
+    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
+        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
+
+        `z` is [n, d_v, r]. The weight w stays as it is: B + eps z changes V by eps (scaling A x) z^T, which a hook adds.
+        `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 -> float64): in
+        the model's own, the difference of two nearly equal losses is mostly rounding.   # DIFFERS 6
+        """
+        self._warn_once()
+        signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
+        values = self._perturbed_losses(losses, signed, wide_tail and self.found.wide)  # [2n, B]
+        plus, minus = values.chunk(2)  # [n, B] each
+        return (plus - minus).T / (2 * eps)
+
+    def _perturbed_losses(self, losses: Callable[[], Tensor], shifts: Tensor, wide_tail: bool) -> Tensor:
+        """L_i(w + shift) for every one of `shifts` [C, d_v, r], [C, B].
+
+        The layers before the projection's run once. The projection's own layer runs once per shift. Behind it the C
+        copies travel together as one batch of C * B rows through the final norm and the head, in one forward. Where a
+        model can't take more rows behind the layer than before (it reshapes them to the size of its input, or runs more
+        layers with masks of B rows), the forward is repeated for each shift, and the layers before return what they
+        returned the first time.
+        """
+        layer_forward, model_forward = self.layer.forward, self.model.forward
+        runs, shift, tail = 0, None, None
+
+        def add_perturbation(module, args, output):
+            nonlocal runs
+            runs += 1
+            low = self._low_rank_input(args[0])  # [B, T, r]
+            change = low @ shift.to(low.dtype).T  # [B, T, d_v]
+            return output.index_add(-1, self._rows_on(output.device), change.to(output.dtype))
+
+        def run_layer(*args, **kwargs):
+            nonlocal shift
+            fresh = Tensor.clone
+            if wide_tail:
+                fresh = tail.enter_context(_in_wider_precision((args, kwargs)))  # until the model's forward returns
+            outputs = []
+            for shift in group:  # noqa: B007 - the hook reads it
+                # every copy has inputs of its own: a layer may add to its input in place
+                outputs.append(layer_forward(*_map_tensors(fresh, args), **_map_tensors(fresh, kwargs)))
+            return _stacked(outputs)
+
+        def run_model(*args, **kwargs):
+            nonlocal tail
+            with ExitStack() as tail:
+                return model_forward(*args, **kwargs)
+
+        groups, earlier = [shifts], ()
+        if not self.found.stackable:
+            groups, earlier = shifts.split(1), self.layers[: self.found.before]
+        values = []
+        with ExitStack() as stack:
+            stack.enter_context(self._tail_as_written())
+            stack.enter_context(self._hooked(add_perturbation))
+            stack.enter_context(_patched_forward(self.model, run_model))
+            stack.enter_context(_patched_forward(self.layer, run_layer))
+            stack.enter_context(_remembered(earlier))
+            for group in groups:
+                values.append(losses())
+        self._check_runs(runs, len(shifts))
+        return torch.cat(values)
 
     def _adapter(self) -> tuple[nn.Module, float] | None:
         """(lora_A, scaling) of the active LoRA adapter, or None."""
@@ -541,107 +598,456 @@ class VProjectionProbe:
             return lora_a(x.to(lora_a.weight.dtype)) * scaling
         return x
 
-    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """Exact per-example gradients of the probed matrix, [n, D], by one backward pass through the last layer's tail.
+    def _rows_on(self, device) -> Tensor:
+        self.rows = self.rows.to(device)  # moves once
+        return self.rows
 
-        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
-        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end. Autograd runs from the V
-        projection onward: its output becomes a leaf, delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T: Eq. 6 for many directions.   # DIFFERS 5
-        """
-        taped: list[Tensor] = []
+    @contextmanager
+    def _hooked(self, hook: Callable):
+        """`hook` on the projection, only while its layer runs: Zamba's layers share one, and the last use is meant."""
+        handles: list = []
 
-        def make_leaf(module, args, output):
-            low = self._low_rank_input(args[0])  # [B, T, r]
-            torch.set_grad_enabled(True)  # until the no_grad block below ends
-            rows = self._rows_on(output.device)
-            leaf = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
-            taped.extend((low, leaf))
-            return output.index_copy(-1, rows, leaf)
+        def enter(*_):
+            handles.append(self.module.register_forward_hook(hook))
 
-        with torch.no_grad(), _uncompiled(self.layer), ExitStack() as stack:
-            stack.callback(self.module.register_forward_hook(make_leaf).remove)
-            loss = losses().sum()
-            low, leaf = taped
-            (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
-        low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
-        dtype = torch.promote_types(low.dtype, torch.float32)
-        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
+        def leave(*_):
+            handles.pop().remove()
 
-    @torch.no_grad()
-    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
-        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
-
-        `z` is [n, d_v, r]. The layers before the last run once; the last layer runs once per signed direction with
-        eps scaling lora_A(x) z^T added to its V, and the copies travel together through the final norm and the head.
-        `wide_tail` runs that tail in the next wider precision (bf16 -> float32 -> float64): in the model's own, the
-        difference of two nearly equal losses is mostly rounding.   # DIFFERS 6
-        """
-        signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
-        layer_forward, state = self.layer.forward, {}
-
-        def add_perturbation(module, args, output):
-            low = self._low_rank_input(args[0])  # [B, T, r]
-            shift = low @ state["z"].to(low.dtype).T  # [B, T, d_v]
-            return output.index_add(-1, self._rows_on(output.device), shift.to(output.dtype))
-
-        def run_copies(hidden, *args, **kwargs):
-            state["dtype"] = _wider(hidden) if wide_tail else hidden.dtype
-            outputs = []
-            with _no_narrowing(state["dtype"], hidden.device.type) if wide_tail else nullcontext():
-                for state["z"] in signed:
-                    out = layer_forward(hidden.to(state["dtype"]), *args, **kwargs)
-                    outputs.append(out if isinstance(out, Tensor) else out[0])
-            stacked = torch.cat(outputs)  # [2n * B, T, d]
-            return stacked if isinstance(out, Tensor) else (stacked, *out[1:])
-
-        with _uncompiled(self.layer), ExitStack() as stack:
-            stack.callback(self.module.register_forward_hook(add_perturbation).remove)
-            stack.enter_context(_patched_forward(self.layer, run_copies))
-            for leaf in self.tail if wide_tail else ():
-                stack.enter_context(_patched_forward(leaf, _forward_in(state, leaf)))
-            plus, minus = losses().chunk(2)  # [n, B] each
-        return (plus - minus).T / (2 * eps)
-
-
-def _wider(x: Tensor) -> torch.dtype:
-    """The precision after the one that is computed in: autocast's, or the tensor's own."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
-
-
-def _forward_in(state: dict, module: nn.Module) -> Callable:
-    """The module's forward with inputs and its own parameters in state["dtype"], outside autocast."""
-    forward = module.forward
-
-    def wide(x, *args, **kwargs):
-        own = dict(module._parameters)
-        module._parameters.update({k: None if p is None else p.detach().to(state["dtype"]) for k, p in own.items()})
+        before, after = self.layer.register_forward_pre_hook(enter), self.layer.register_forward_hook(leave)
         try:
-            with _no_narrowing(state["dtype"], x.device.type):
-                return forward(x.to(state["dtype"]), *args, **kwargs)
+            yield
         finally:
-            module._parameters.update(own)
+            for handle in (before, after, *handles):
+                handle.remove()
 
-    return wide
+    @contextmanager
+    def _tail_as_written(self):
+        """Run the projection's layer and those behind it uncompiled: compiled code ignores hooks that came later."""
+        with ExitStack() as stack:
+            for layer in self.layers[self.found.before :]:
+                stack.enter_context(_uncompiled(layer))
+            yield
+
+    def _check_runs(self, runs: int, expected: int) -> None:
+        if runs != expected:
+            raise RuntimeError(
+                f"{self.name} ran {runs} times where {expected} were expected: this model can't be probed there, "
+                "name another projection with --probe_module"
+            )
+
+    def _warn_once(self) -> None:
+        if not self._cautioned:
+            for caution in self.found.cautions:
+                warnings.warn(caution, stacklevel=3)
+        self._cautioned = True
 
 
-class _InFloat64(TorchFunctionMode):
-    """Asked for float32, gives float64: RMSNorm and eager attention work in float32 whatever comes in."""
+# ------------------------------------------------------------------------------------- finding V by running the model
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def widened(x):
-            return torch.float64 if x is torch.float32 else x
+TRIAL_ROWS, TRIAL_TOKENS = 2, 11  # two rows tell B rows from C copies of one; 11 keys are no usual number of experts
+PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
+KEEPS_PROBABILITIES = (
+    *("dropout", "to", "type_as", "type", "float", "half", "bfloat16", "contiguous", "clone", "nan_to_num"),
+    *("__getitem__", "view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "flatten"),
+    *("masked_fill", "mul", "__mul__", "where"),
+)
 
-        func = Tensor.double if func is Tensor.float else func
-        return func(*map(widened, args), **{name: widened(x) for name, x in (kwargs or {}).items()})
+
+def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProjection:
+    """Run two short rows and see which output channels of which linear projection become the value of attention.
+
+    Names and layouts differ without end (fused [q k v], [q v k] in blocks, per head, per group, latent), so none is
+    looked up. In one forward every linear projection's output is cut off from what made it and becomes a leaf of
+    autograd; the last attention call whose *value* depends on a leaf has found V, and the channels with a gradient are
+    its rows, whatever was done to them on the way (split, repeated, normalised). Channels that reach the query or the
+    key too are refused, and so is a model without any softmax attention, unless `module_name` names a projection.
+
+    Two more runs try both probes: whether perturbed copies can travel together, whether the tail can run in a wider
+    precision, and whether SPSA follows the exact derivative; what can't be had becomes a caution.
+    """
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}  # a shared one: its last
+    projections = _linear_projections(model)
+    named = projections
+    if module_name is not None:
+        matches = [m for m, name in names.items() if name == module_name or name.endswith("." + module_name)]
+        named = [m for m in matches if m in projections]
+        if not matches:
+            raise ValueError(_candidates(model, f"no module is named {module_name}"))
+        if not named:
+            raise ValueError(
+                f"{module_name} is a {type(matches[-1]).__name__} with no weight matrix: name a projection"
+            )
+    with _trial(model) as batch:
+        ran = _run_with_leaves(model, batch, projections)
+        module, rows = _find_rows(ran, [m for m in named if m in ran.leaves], explicit=module_name is not None)
+        if module is None:
+            problem = f"{module_name} does not run in a forward of text alone" if module_name else rows
+            raise ValueError(_candidates(model, problem))
+        layer = _enclosing_layer(model, names[module])
+        layers = model.get_submodule(layer.rpartition(".")[0])
+        index = [*layers].index(model.get_submodule(layer))
+        if ran.calls[layers[index]] != 1:
+            raise ValueError(_candidates(model, f"{layer} runs {ran.calls[layers[index]]} times in one forward"))
+        if any(ran.calls[earlier] > 1 for earlier in layers[:index]):
+            index = 0  # what a layer returned in one round must not be taken for another round's
+        found = VProjection(names[module], layer, tuple(rows), ran.widths[module], index)
+        return _try_both_probes(model, found, batch)
+
+
+def _linear_projections(model: nn.Module) -> set[nn.Module]:
+    """Modules with a weight matrix, PEFT's wrappers in place of what they wrap."""
+    projections, inside = set(), set()
+    for module in model.modules():
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            projections.add(module)
+        if hasattr(module, "base_layer"):
+            inside.update(child for child in module.modules() if child is not module)
+    return projections - inside
+
+
+def _enclosing_layer(model: nn.Module, name: str) -> str:
+    """The member of the outermost nn.ModuleList on the way to module `name`: experts have lists of their own."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    raise ValueError(f"{name} lies in no nn.ModuleList of decoder layers: name a projection that does")
+
+
+def _candidates(model: nn.Module, problem: str) -> str:
+    projections = _linear_projections(model)
+    names = [name for name, module in model.named_modules() if module in projections]
+    last = [name for name in names if any(part.isdigit() for part in name.split("."))][-12:]
+    return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
 
 
 @contextmanager
-def _no_narrowing(dtype: torch.dtype, kind: str):
-    """Outside autocast, and without modules' own casts to a precision below `dtype`."""
-    with torch.autocast(kind, enabled=False), _InFloat64() if dtype == torch.float64 else nullcontext():
+def _trial(model: nn.Module):
+    """Evaluation mode for a few forwards of a batch as `example_losses` takes it, which the block gets."""
+    training = [module for module in model.modules() if module.training]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(5, 5 + TRIAL_ROWS * TRIAL_TOKENS, device=embedding.device) % len(
+        embedding
+    )  # 0..4: often special
+    ids = ids.view(TRIAL_ROWS, TRIAL_TOKENS)
+    model.eval().requires_grad_(False)  # only what depends on a leaf needs a gradient then
+    try:
+        yield {"input_ids": ids, "labels": ids}
+    finally:
+        for module in training:
+            module.training = True
+        for p in trained:
+            p.requires_grad_()
+
+
+class _Attention(NamedTuple):
+    """The tensors of one attention call."""
+
+    value: Tensor
+    others: tuple[Tensor, ...]  # query and key, or the probabilities made of them
+
+
+class _Ran(NamedTuple):
+    """What one forward showed."""
+
+    attentions: list[_Attention]
+    leaves: dict[nn.Module, Tensor]  # output of each projection, in the order of running
+    widths: dict[nn.Module, int]  # input width of each projection
+    calls: dict[nn.Module, int]  # how often each module ran
+
+
+def _run_with_leaves(model: nn.Module, batch: Mapping[str, Tensor], projections: set[nn.Module]) -> _Ran:
+    ran = _Ran([], {}, {}, {module: 0 for module in model.modules()})
+
+    def observe(module, args, output):
+        ran.calls[module] += 1
+        if module not in projections or not isinstance(output, Tensor) or not args:
+            return None
+        ran.leaves.pop(module, None)  # a shared module's last run counts, and comes last
+        ran.leaves[module] = leaf = output.detach().requires_grad_()
+        ran.widths[module] = args[0].shape[-1]
+        return leaf.clone()  # models add to a projection's output in place, which a leaf does not allow
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_uncompiled(module))
+            stack.callback(module.register_forward_hook(observe).remove)
+        with _AttentionWatch(ran.attentions):
+            model(input_ids=batch["input_ids"], use_cache=False)
+    return ran
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Notes the value of every attention: that of `scaled_dot_product_attention`, or what a softmax is multiplied with.
+
+    Attention written out reads matmul(softmax(q k^T), v), with dropout, casts and slices between the two. Softmax is
+    used elsewhere (experts), so its output must be square over the tokens.
+    """
+
+    def __init__(self, attentions: list[_Attention]):
+        super().__init__()
+        self.attentions = attentions
+        self.probabilities: list[Tensor] = []  # kept, or another tensor would get the same id
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            query, key, value = (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[:3]
+            self.attentions.append(_Attention(value, (query, key)))
+        elif name in PRODUCTS:
+            self._note_product([a for a in _flat(args) if isinstance(a, Tensor)])
+        elif name == "softmax" or (name in KEEPS_PROBABILITIES and any(self._is_probability(a) for a in args)):
+            self.probabilities.append(out)
+        return out
+
+    def _is_probability(self, x) -> bool:
+        return isinstance(x, Tensor) and any(x is p for p in self.probabilities)
+
+    def _note_product(self, factors: list[Tensor]) -> None:
+        if len(factors) != 2:
+            return
+        for weights, value in (factors, factors[::-1]):
+            square = weights.dim() >= 2 and weights.shape[-1] == weights.shape[-2] == TRIAL_TOKENS
+            if square and self._is_probability(weights):
+                self.attentions.append(_Attention(value, (weights,)))
+                return
+
+
+def _find_rows(ran: _Ran, named: list[nn.Module], explicit: bool) -> tuple[nn.Module | None, list[int] | str]:
+    """The projection and its V channels; (None, reason) where there is none."""
+    modules = [module for module in ran.leaves if module in named]  # in the order of running
+    leaves = [ran.leaves[module] for module in modules]
+    for attention in reversed(ran.attentions):
+        in_value = _channels_reaching((attention.value,), leaves)
+        if any(channels.any() for channels in in_value):
+            in_others = _channels_reaching(attention.others, leaves)
+            for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
+                if value.any() and not (value & others).any():
+                    return module, value.nonzero()[:, 0].tolist()
+            return None, "the channels that become the value of its last attention become query or key, too"
+    if explicit and modules:
+        return modules[-1], [*range(leaves[-1].shape[-1])]
+    return None, f"none of {len(leaves)} projections becomes the value of a softmax attention"
+
+
+def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+    """Which last-dimension channels of each leaf the tensors depend on, bool [d_out] each."""
+    reached = [torch.zeros(leaf.shape[-1], dtype=torch.bool, device=leaf.device) for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+    for x in tensors:
+        if not x.requires_grad:
+            continue
+        # a random weighted sum: that the contributions of a channel cancel has probability 0
+        weights = torch.randn(x.shape, generator=generator).to(x)
+        gradients = torch.autograd.grad(x, leaves, weights, retain_graph=True, allow_unused=True)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                reached[i] |= (gradient != 0).flatten(0, -2).any(0)
+    return reached
+
+
+FLIPS = (
+    "the value reaches a top-k choice (experts): a perturbed V flips choices, and SPSA measures these jumps more than the "
+    "derivative: use --probe grad"
+)
+NARROW = (
+    "SPSA's perturbed part can't run in a wider precision on this model ({problem}): in the model's own, differences of "
+    "nearly equal losses are mostly rounding: use --probe grad, or raise --spsa_eps"
+)
+FAILS = "SPSA fails on this model ({problem}): use --probe grad"
+DEPARTS = "on two short rows SPSA departs {share:.0%} from the exact derivative on this model: use --probe grad"
+
+
+def _try_both_probes(model: nn.Module, found: VProjection, batch: Mapping[str, Tensor]) -> VProjection:
+    """`found` with what the two probes can do on this model: `stackable`, `wide` and `cautions`."""
+    cautions: list[str] = []
+    layers = model.get_submodule(found.layer.rpartition(".")[0])
+
+    def losses() -> Tensor:
+        return example_losses(model, batch)
+
+    with _remembered(layers[: found.before]):  # the layers before run once for all that follows
+        probe = VProjectionProbe(model, found=found)
+        with _ChoiceWatch() as choices:
+            exact = probe.gradients(losses)  # [B, D]
+        z = torch.randn(1, *probe.shape, generator=torch.Generator().manual_seed(0)).to(exact)
+        exact = exact @ z.flatten()  # [B]
+
+        def spsa(**changes) -> Tensor:
+            return VProjectionProbe(model, found=found._replace(cautions=(), **changes)).spsa(losses, z)[:, 0]  # [B]
+
+        # one copy at a time asks least of a model: it is the measure for the copies that travel together
+        singly, problem = _attempt(spsa, stackable=False, wide=True)
+        if singly is None:
+            cautions.append(NARROW.format(problem=problem))
+            found = found._replace(wide=False)
+            singly, problem = _attempt(spsa, stackable=False, wide=False)
+        if singly is None:
+            return found._replace(cautions=(FAILS.format(problem=problem),))
+        together, _ = _attempt(spsa, stackable=True, wide=found.wide)
+    stackable = together is not None and torch.allclose(together, singly, rtol=1e-2, atol=1e-6, equal_nan=True)
+    departs = float((singly - exact).norm() / exact.norm())
+    if choices.depend_on_v:
+        cautions.append(FLIPS)
+    elif found.wide and departs > 0.05:
+        cautions.append(DEPARTS.format(share=departs))
+    return found._replace(stackable=stackable, cautions=tuple(cautions))
+
+
+def _attempt(spsa: Callable[..., Tensor], **changes) -> tuple[Tensor | None, str]:
+    """What `spsa` returns, or None and what it raised: kernels and reshapes fail with errors of every type."""
+    try:
+        return spsa(**changes), ""
+    except Exception as error:
+        return None, _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
+
+
+class _ChoiceWatch(TorchFunctionMode):
+    """Whether a discrete choice is made on what depends on V: autograd runs from V onward, so its input needs a gradient."""
+
+    depend_on_v = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        chooses = getattr(func, "__name__", "") in ("topk", "argmax")
+        if chooses and isinstance(args[0], Tensor) and args[0].requires_grad:
+            self.depend_on_v = True
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------- running part of a model again, in wider precision
+
+
+@contextmanager
+def _in_wider_precision(inputs):
+    """Compute in the next wider precision until the block ends, and yield what widens one tensor.
+
+    The next wider one is that after autocast's, or after that of the first floating tensor in `inputs`.
+    """
+    floating = [x for x in _flat(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+    kind, dtype = floating[0].device.type, floating[0].dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+    mode = _Wider(dtype)
+    with torch.autocast(kind, enabled=False), mode:
+        yield mode.widened
+
+
+class _Wider(TorchFunctionMode):
+    """Every operation gets its floating inputs in `dtype`: weights, buffers, masks, biases, whoever owns them.
+
+    Modules cast to float32 (norms, softmax), to a weight's dtype or to that of their input. Here all of these mean
+    `dtype`: where a narrower precision is asked for, it is given instead.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def is_narrow(self, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize
+
+    def widened(self, x):
+        if isinstance(x, Tensor) and self.is_narrow(x.dtype):
+            return x.to(self.dtype)
+        if isinstance(x, torch.dtype) and self.is_narrow(x):
+            return self.dtype
+        if type(x) in (tuple, list):
+            return type(x)(map(self.widened, x))
+        return x
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "__get__":  # an attribute: only x.dtype matters, and nothing need be copied for it
+            return self.widened(func(*args)) if func == Tensor.dtype.__get__ else func(*args)
+        if name in ("float", "half", "bfloat16"):
+            return args[0].to(self.dtype)
+        if name in ("grouped_mm", "_grouped_mm"):
+            func = _grouped_product  # experts: the kernel has no float64, and on some devices no float32
+        kwargs = {key: self.widened(value) for key, value in kwargs.items()}
+        if name.endswith("_") and (not name.endswith("__") or name in IN_PLACE):
+            # written in place: the target must stay the tensor that it is, and gets values of its own precision
+            rest = [self._like(x, args[0]) for x in args[1:]]
+            return func(args[0], *rest, **kwargs)
+        return self.widened(func(*map(self.widened, args), **kwargs))
+
+    def _like(self, x, target: Tensor):
+        if isinstance(x, Tensor) and x.is_floating_point() and target.is_floating_point():
+            return x.to(target.dtype)
+        return x
+
+
+IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor, **_) -> Tensor:
+    """Rows offs[e - 1]..offs[e] of x [S, d_in] times weights[e] [d_in, d_out], zero beyond the last."""
+    out = x.new_zeros(len(x), weights.shape[-1])
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        out[start:end] = x[start:end] @ weights[expert].to(x.dtype)
+        start = end
+    return out
+
+
+@contextmanager
+def _remembered(layers):
+    """These layers run once; in every later forward they return what they returned then."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_patched_forward(layer, _first_result(layer.forward)))
+            stack.enter_context(_uncompiled(layer))
         yield
+
+
+def _first_result(forward: Callable) -> Callable:
+    results: list = []
+
+    def run(*args, **kwargs):
+        if not results:
+            results.append(forward(*args, **kwargs))
+        return _map_tensors(Tensor.clone, results[0])  # the layers behind may write into it
+
+    return run
+
+
+def _stacked(outputs: list):
+    """Hidden states of all copies [C * B, T, d], with what else the last copy's layer returned."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)
+    hidden = torch.cat([out[0] for out in outputs])
+    return (hidden, *outputs[-1][1:])
+
+
+def _map_tensors(function: Callable, x):
+    """`x` with `function` of every tensor in it."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (tuple, list):
+        return type(x)(_map_tensors(function, item) for item in x)
+    if type(x) is dict:
+        return {key: _map_tensors(function, item) for key, item in x.items()}
+    return x
+
+
+def _flat(x) -> list:
+    """The leaves of nested tuples, lists and dictionaries."""
+    if isinstance(x, (tuple, list)):
+        return [leaf for item in x for leaf in _flat(item)]
+    if isinstance(x, dict):
+        return _flat([*x.values()])
+    return [x]
 
 
 @contextmanager
