@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -511,11 +511,12 @@ class VProjectionProbe:
             taped.extend((low, leaf))
             return output.index_copy(-1, rows, leaf)
 
-        with torch.no_grad(), self._tail_as_written(), self._hooked(make_leaf):
+        with torch.no_grad(), self._tail_as_written(), self.module.register_forward_hook(make_leaf):
             loss = losses().sum()
             self._check_runs(len(taped) // 2, 1)
             low, leaf = taped
             (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
+        low, delta = low.flatten(1, -2), delta.flatten(1, -2)  # latent attention has [B, 1, T, d]
         low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
         dtype = torch.promote_types(low.dtype, torch.float32)
         return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
@@ -524,7 +525,7 @@ class VProjectionProbe:
     def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
         """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
 
-        `z` is [n, d_v, r]. The weight w stays as it is: B + eps z changes V by eps (scaling A x) z^T, which a hook adds.
+        `z` is [n, d_v, r]. No weight is written: B + eps z changes V by eps (scaling A x) z^T, which a hook adds.
         `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 -> float64): in
         the model's own, the difference of two nearly equal losses is mostly rounding.   # DIFFERS 6
         """
@@ -569,17 +570,17 @@ class VProjectionProbe:
             with ExitStack() as tail:
                 return model_forward(*args, **kwargs)
 
-        groups, earlier = [shifts], ()
+        groups, earlier = [shifts], ()  # all copies in one forward
         if not self.found.stackable:
             groups, earlier = shifts.split(1), self.layers[: self.found.before]
         values = []
         with ExitStack() as stack:
             stack.enter_context(self._tail_as_written())
-            stack.enter_context(self._hooked(add_perturbation))
+            stack.enter_context(self.module.register_forward_hook(add_perturbation))  # the hook lasts for this block
             stack.enter_context(_patched_forward(self.model, run_model))
             stack.enter_context(_patched_forward(self.layer, run_layer))
             stack.enter_context(_remembered(earlier))
-            for group in groups:
+            for group in groups:  # noqa: B007 - run_layer reads it
                 values.append(losses())
         self._check_runs(runs, len(shifts))
         return torch.cat(values)
@@ -601,24 +602,6 @@ class VProjectionProbe:
     def _rows_on(self, device) -> Tensor:
         self.rows = self.rows.to(device)  # moves once
         return self.rows
-
-    @contextmanager
-    def _hooked(self, hook: Callable):
-        """`hook` on the projection, only while its layer runs: Zamba's layers share one, and the last use is meant."""
-        handles: list = []
-
-        def enter(*_):
-            handles.append(self.module.register_forward_hook(hook))
-
-        def leave(*_):
-            handles.pop().remove()
-
-        before, after = self.layer.register_forward_pre_hook(enter), self.layer.register_forward_hook(leave)
-        try:
-            yield
-        finally:
-            for handle in (before, after, *handles):
-                handle.remove()
 
     @contextmanager
     def _tail_as_written(self):
@@ -665,33 +648,48 @@ def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProj
     Two more runs try both probes: whether perturbed copies can travel together, whether the tail can run in a wider
     precision, and whether SPSA follows the exact derivative; what can't be had becomes a caution.
     """
-    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}  # a shared one: its last
     projections = _linear_projections(model)
     named = projections
     if module_name is not None:
-        matches = [m for m, name in names.items() if name == module_name or name.endswith("." + module_name)]
-        named = [m for m in matches if m in projections]
+        matches = [m for name, m in model.named_modules() if name == module_name or name.endswith("." + module_name)]
+        named = projections.intersection(matches)
         if not matches:
             raise ValueError(_candidates(model, f"no module is named {module_name}"))
         if not named:
-            raise ValueError(
-                f"{module_name} is a {type(matches[-1]).__name__} with no weight matrix: name a projection"
-            )
-    with _trial(model) as batch:
-        ran = _run_with_leaves(model, batch, projections)
-        module, rows = _find_rows(ran, [m for m in named if m in ran.leaves], explicit=module_name is not None)
-        if module is None:
-            problem = f"{module_name} does not run in a forward of text alone" if module_name else rows
-            raise ValueError(_candidates(model, problem))
-        layer = _enclosing_layer(model, names[module])
-        layers = model.get_submodule(layer.rpartition(".")[0])
-        index = [*layers].index(model.get_submodule(layer))
-        if ran.calls[layers[index]] != 1:
-            raise ValueError(_candidates(model, f"{layer} runs {ran.calls[layers[index]]} times in one forward"))
-        if any(ran.calls[earlier] > 1 for earlier in layers[:index]):
-            index = 0  # what a layer returned in one round must not be taken for another round's
-        found = VProjection(names[module], layer, tuple(rows), ran.widths[module], index)
-        return _try_both_probes(model, found, batch)
+            kind = type(matches[-1]).__name__
+            raise ValueError(f"{module_name} is a {kind} with no weight matrix: name a linear projection")
+    try:
+        with _trial(model) as batch:
+            ran = _run_with_leaves(model, batch, projections)
+            module, rows = _choose_projection(ran, named, whole=module_name is not None)
+            found = _describe(model, ran, module, rows)
+            return _try_both_probes(model, found, batch)
+    except Unprobed as problem:
+        raise ValueError(_candidates(model, str(problem))) from None
+    except Exception as error:  # of the model: it wants images, another package, a longer row
+        problem = f"a forward of {TRIAL_ROWS} short rows fails with {type(error).__name__}: {_first_line(error)}"
+        raise ValueError(_candidates(model, problem)) from error
+
+
+class Unprobed(Exception):
+    """Why a projection can't be found or probed."""
+
+
+def _describe(model: nn.Module, ran: _Ran, module: nn.Module, rows: list[int]) -> VProjection:
+    """The projection and its layer by name, after checking that a hook on it sees every token once."""
+    modules = dict(model.named_modules())
+    name = next(name for name, m in modules.items() if m is module)
+    if ran.calls[module] != 1:
+        raise Unprobed(f"{name} runs {ran.calls[module]} times in one forward")
+    shape = ran.inputs[module]
+    if shape[0] != TRIAL_ROWS or math.prod(shape[1:-1]) != max(shape[1:-1], default=0):
+        raise Unprobed(f"{name} gets an input of {tuple(shape)} where [rows, tokens, width] is expected")
+    layer = _enclosing_layer(name, modules)
+    layers = modules[layer.rpartition(".")[0]]
+    before = [*layers].index(modules[layer])
+    if any(ran.calls[earlier] > 1 for earlier in layers[:before]):
+        before = 0  # what a layer returned in one round of a loop must not be taken for another round's
+    return VProjection(name, layer, tuple(rows), shape[-1], before)
 
 
 def _linear_projections(model: nn.Module) -> set[nn.Module]:
@@ -706,13 +704,13 @@ def _linear_projections(model: nn.Module) -> set[nn.Module]:
     return projections - inside
 
 
-def _enclosing_layer(model: nn.Module, name: str) -> str:
+def _enclosing_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
     """The member of the outermost nn.ModuleList on the way to module `name`: experts have lists of their own."""
     parts = name.split(".")
     for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+        if isinstance(modules[".".join(parts[:end])], nn.ModuleList):
             return ".".join(parts[: end + 1])
-    raise ValueError(f"{name} lies in no nn.ModuleList of decoder layers: name a projection that does")
+    raise Unprobed(f"{name} lies in no nn.ModuleList of decoder layers")
 
 
 def _candidates(model: nn.Module, problem: str) -> str:
@@ -728,13 +726,15 @@ def _trial(model: nn.Module):
     training = [module for module in model.modules() if module.training]
     trained = [p for p in model.parameters() if p.requires_grad]
     embedding = model.get_input_embeddings().weight
-    ids = torch.arange(5, 5 + TRIAL_ROWS * TRIAL_TOKENS, device=embedding.device) % len(
-        embedding
-    )  # 0..4: often special
+    first = 5  # ids before it are special tokens in most vocabularies
+    ids = torch.arange(first, first + TRIAL_ROWS * TRIAL_TOKENS, device=embedding.device) % len(embedding)
     ids = ids.view(TRIAL_ROWS, TRIAL_TOKENS)
     model.eval().requires_grad_(False)  # only what depends on a leaf needs a gradient then
+    # a base in half precision with adapters in float32 runs under autocast, and the caller may not have entered it yet
+    half = [p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     try:
-        yield {"input_ids": ids, "labels": ids}
+        with torch.autocast(ids.device.type, half[0]) if half else nullcontext():
+            yield {"input_ids": ids, "labels": ids}
     finally:
         for module in training:
             module.training = True
@@ -754,7 +754,7 @@ class _Ran(NamedTuple):
 
     attentions: list[_Attention]
     leaves: dict[nn.Module, Tensor]  # output of each projection, in the order of running
-    widths: dict[nn.Module, int]  # input width of each projection
+    inputs: dict[nn.Module, torch.Size]  # input shape of each projection
     calls: dict[nn.Module, int]  # how often each module ran
 
 
@@ -765,9 +765,8 @@ def _run_with_leaves(model: nn.Module, batch: Mapping[str, Tensor], projections:
         ran.calls[module] += 1
         if module not in projections or not isinstance(output, Tensor) or not args:
             return None
-        ran.leaves.pop(module, None)  # a shared module's last run counts, and comes last
         ran.leaves[module] = leaf = output.detach().requires_grad_()
-        ran.widths[module] = args[0].shape[-1]
+        ran.inputs[module] = args[0].shape
         return leaf.clone()  # models add to a projection's output in place, which a leaf does not allow
 
     with torch.enable_grad(), ExitStack() as stack:
@@ -783,7 +782,8 @@ class _AttentionWatch(TorchFunctionMode):
     """Notes the value of every attention: that of `scaled_dot_product_attention`, or what a softmax is multiplied with.
 
     Attention written out reads matmul(softmax(q k^T), v), with dropout, casts and slices between the two. Softmax is
-    used elsewhere (experts), so its output must be square over the tokens.
+    used elsewhere (experts), so its output must be square over at
+    least the tokens.
     """
 
     def __init__(self, attentions: list[_Attention]):
@@ -811,27 +811,34 @@ class _AttentionWatch(TorchFunctionMode):
         if len(factors) != 2:
             return
         for weights, value in (factors, factors[::-1]):
-            square = weights.dim() >= 2 and weights.shape[-1] == weights.shape[-2] == TRIAL_TOKENS
+            square = weights.dim() >= 2 and weights.shape[-1] == weights.shape[-2] >= TRIAL_TOKENS
             if square and self._is_probability(weights):
                 self.attentions.append(_Attention(value, (weights,)))
                 return
 
 
-def _find_rows(ran: _Ran, named: list[nn.Module], explicit: bool) -> tuple[nn.Module | None, list[int] | str]:
-    """The projection and its V channels; (None, reason) where there is none."""
+def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[nn.Module, list[int]]:
+    """The one among `named` whose channels become the value of the last attention, and these channels.
+
+    Where none does, all channels of the last one that ran if `whole`.
+    """
     modules = [module for module in ran.leaves if module in named]  # in the order of running
+    modules.sort(key=lambda module: ran.calls[module] == 1)  # one that runs once is preferred, and is last
     leaves = [ran.leaves[module] for module in modules]
     for attention in reversed(ran.attentions):
         in_value = _channels_reaching((attention.value,), leaves)
-        if any(channels.any() for channels in in_value):
-            in_others = _channels_reaching(attention.others, leaves)
-            for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
-                if value.any() and not (value & others).any():
-                    return module, value.nonzero()[:, 0].tolist()
-            return None, "the channels that become the value of its last attention become query or key, too"
-    if explicit and modules:
-        return modules[-1], [*range(leaves[-1].shape[-1])]
-    return None, f"none of {len(leaves)} projections becomes the value of a softmax attention"
+        if not any(channels.any() for channels in in_value):
+            continue
+        in_others = _channels_reaching(attention.others, leaves)
+        for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
+            if value.any() and not (value & others).any():
+                return module, value.nonzero()[:, 0].tolist()
+        raise Unprobed("the channels that become the value of the last attention become its query or key, too")
+    if not modules:
+        raise Unprobed("what was named does not run in a forward of text alone")
+    if not whole:
+        raise Unprobed(f"none of {len(modules)} projections becomes the value of a softmax attention")
+    return modules[-1], [*range(leaves[-1].shape[-1])]
 
 
 def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
@@ -850,21 +857,21 @@ def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> lis
     return reached
 
 
+TOO_FAR = 0.1  # half precision moves the exact derivative by up to 0.05
 FLIPS = (
-    "the value reaches a top-k choice (experts): a perturbed V flips choices, and SPSA measures these jumps more than the "
-    "derivative: use --probe grad"
+    "V reaches a top-k choice (of experts): a perturbation flips choices, and SPSA's differences measure these jumps more "
+    "than the derivative: use --probe grad"
 )
 NARROW = (
-    "SPSA's perturbed part can't run in a wider precision on this model ({problem}): in the model's own, differences of "
-    "nearly equal losses are mostly rounding: use --probe grad, or raise --spsa_eps"
+    "SPSA's perturbed part can't run in a wider precision on this model ({problem}), and in the model's own the "
+    "difference of nearly equal losses is mostly rounding: use --probe grad"
 )
 FAILS = "SPSA fails on this model ({problem}): use --probe grad"
 DEPARTS = "on two short rows SPSA departs {share:.0%} from the exact derivative on this model: use --probe grad"
 
 
 def _try_both_probes(model: nn.Module, found: VProjection, batch: Mapping[str, Tensor]) -> VProjection:
-    """`found` with what the two probes can do on this model: `stackable`, `wide` and `cautions`."""
-    cautions: list[str] = []
+    """`found` with what the two probes can do on this model: `before`, `stackable`, `wide` and `cautions`."""
     layers = model.get_submodule(found.layer.rpartition(".")[0])
 
     def losses() -> Tensor:
@@ -873,29 +880,34 @@ def _try_both_probes(model: nn.Module, found: VProjection, batch: Mapping[str, T
     with _remembered(layers[: found.before]):  # the layers before run once for all that follows
         probe = VProjectionProbe(model, found=found)
         with _ChoiceWatch() as choices:
-            exact = probe.gradients(losses)  # [B, D]
-        z = torch.randn(1, *probe.shape, generator=torch.Generator().manual_seed(0)).to(exact)
-        exact = exact @ z.flatten()  # [B]
+            gradients = probe.gradients(losses)  # [B, D]
+        z = torch.randn(1, *probe.shape, generator=torch.Generator().manual_seed(0)).to(gradients)
 
         def spsa(**changes) -> Tensor:
-            return VProjectionProbe(model, found=found._replace(cautions=(), **changes)).spsa(losses, z)[:, 0]  # [B]
+            return VProjectionProbe(model, found=found._replace(**changes)).spsa(losses, z)[:, 0]  # [B]
 
-        # one copy at a time asks least of a model: it is the measure for the copies that travel together
-        singly, problem = _attempt(spsa, stackable=False, wide=True)
+        # one copy at a time asks least of a model: it is the measure for copies that travel together
+        wide, cautions = True, []
+        singly, problem = _attempt(spsa, stackable=False)
         if singly is None:
-            cautions.append(NARROW.format(problem=problem))
-            found = found._replace(wide=False)
+            wide, cautions = False, [NARROW.format(problem=problem)]
             singly, problem = _attempt(spsa, stackable=False, wide=False)
-        if singly is None:
-            return found._replace(cautions=(FAILS.format(problem=problem),))
-        together, _ = _attempt(spsa, stackable=True, wide=found.wide)
-    stackable = together is not None and torch.allclose(together, singly, rtol=1e-2, atol=1e-6, equal_nan=True)
-    departs = float((singly - exact).norm() / exact.norm())
+        together, _ = _attempt(spsa, stackable=True, wide=wide)
+
+    departs = math.inf
+    if singly is not None:  # relative to the gradients' size: <G, z> itself may happen to be small
+        departs = float((singly - gradients @ z.flatten()).norm() / gradients.norm())
+    if found.before and (singly is None or (departs > TOO_FAR and not choices.depend_on_v)):
+        # layers hand something to later ones beside their output (Gemma 3n: keys and values): run all of them each time
+        return _try_both_probes(model, found._replace(before=0), batch)
+    if singly is None:
+        return found._replace(cautions=(FAILS.format(problem=problem),))
     if choices.depend_on_v:
         cautions.append(FLIPS)
-    elif found.wide and departs > 0.05:
+    elif wide and departs > TOO_FAR:
         cautions.append(DEPARTS.format(share=departs))
-    return found._replace(stackable=stackable, cautions=tuple(cautions))
+    stackable = together is not None and torch.allclose(together, singly, rtol=1e-2, atol=1e-6, equal_nan=True)
+    return found._replace(stackable=stackable, wide=wide, cautions=tuple(cautions))
 
 
 def _attempt(spsa: Callable[..., Tensor], **changes) -> tuple[Tensor | None, str]:
@@ -912,7 +924,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _ChoiceWatch(TorchFunctionMode):
-    """Whether a discrete choice is made on what depends on V: autograd runs from V onward, so its input needs a gradient."""
+    """Whether a discrete choice depends on V: autograd runs from V onward, so that its input then needs a gradient."""
 
     depend_on_v = False
 
@@ -974,6 +986,8 @@ class _Wider(TorchFunctionMode):
         if name in ("grouped_mm", "_grouped_mm"):
             func = _grouped_product  # experts: the kernel has no float64, and on some devices no float32
         kwargs = {key: self.widened(value) for key, value in kwargs.items()}
+        if name == "full":
+            kwargs.setdefault("dtype", self.dtype)  # the least float64 does not fit in the default float32
         if name.endswith("_") and (not name.endswith("__") or name in IN_PLACE):
             # written in place: the target must stay the tensor that it is, and gets values of its own precision
             rest = [self._like(x, args[0]) for x in args[1:]]

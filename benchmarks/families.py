@@ -12,6 +12,7 @@ worst relative error counts. A family
     passes                 all four agree, with default flags
     passes with a note     the same, and the trainer says something (what SPSA can't do here, LoRA targets to name)
     is refused             in one line that says why
+    is not built           by transformers, from its default configuration or this script's small one
     fails                  a wrong value, or a traceback
 
 Packed rows are tried beside padded ones where the model has the interface for it: `equal`, or how far they differ.
@@ -60,12 +61,13 @@ SMALL = {
     "n_positions n_ctx max_seq_len model_max_length max_target_positions context_length moe_latent_size",
     32: "hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim lru_width "
     "attention_hidden_size input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim "
-    "out_hidden_size vision_output_dim projector_input_dim projector_output_dim adapter_in_dim backbone_hidden_size "
+    "out_hidden_size vision_output_dim projector_input_dim projector_output_dim adapter_input_size adapter_in_dim backbone_hidden_size "
     "hidden_size_global embed_dim hidden_size_per_layer ple_embed_dim dim cross_hidden_size",
     16: "kv_lora_rank q_lora_rank o_lora_rank hc_lowrank laurel_rank adapter_rank gated_norm_rank loop_gate_rank "
     "time_step_rank mamba_dt_rank router_hidden_size chunk_size mamba_chunk_size d_rel rel_extent block_multiple_of "
     "hidden_size_per_layer_input codebook_dim shape_vocab_size pronunciation_vocab_size",
-    8: "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_channels d_head dim_head d_kv "
+    8: "sliding_window attention_chunk_size local_attention attention_window_size sliding_window_size window_size "
+    "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_channels d_head dim_head d_kv "
     "attention_head_dim attention_head_size swa_head_dim index_head_dim linear_key_head_dim linear_value_head_dim "
     "linear_head_dim mamba_d_head mamba_head_dim mamba_headdim mamba_d_state state_size ssm_state_size index_topk "
     "global_head_dim swa_v_head_dim lightning_head_dim cope_dim compressor_head_dim",
@@ -87,7 +89,50 @@ LAYERS = [name for name, value in SMALL.items() if value == 2 and "layer" in nam
 MOST_LAYERS = 8
 
 # what a family's own rules between its fields ask for
-OWN: dict[str, dict] = {}
+MAMBA = {"mamba_d_head": 16, "mamba_n_heads": 4}  # heads x width = expand x hidden size
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64}
+QWEN4 |= {"indexer_compress_ratio": 2, "ngram_vocab_size_base": 101, "split_ngram_parts": 4}
+OWN: dict[str, dict] = {
+    "bamba": MAMBA | {"num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "granitemoehybrid": MAMBA | {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"]},
+    "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 4, "mamba_d_ssm": 64},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "attention_hidden_size": 64}
+    | {
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {"num_hidden_layers": 4, "hybrid_layer_ids": [1, 3], "n_mamba_heads": 4, "mamba_headdim": 16}
+    | {"num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16}
+    | {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "jamba": {"num_hidden_layers": 3},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
+    | {"layer_types": None},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "num_key_value_heads": 2},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "longcat_flash": {"qk_head_dim": 16},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "pad_token_id": 0},
+    "xmod": {"default_language": "en_XX"},
+    "xlm": {"n_layers": 2, "n_heads": 4, "emb_dim": 32, "causal": True},
+    "qwen4_exp_text": QWEN4,
+    "qwen4_exp": {"text_config": QWEN4},
+    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    | {"num_kv_shared_layers": 2, "intermediate_size": 64, "activation_sparsity_pattern": [0.5, 0.0] * 2},
+    "cohere_compass_text": {"rope_parameters": {kind: ROPE for kind in ("full_attention", "sliding_attention")}},
+    "dots3_note_text": {"head_dim": 16},
+    "dots3_note": {"text_config": {"head_dim": 16}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+}
 
 
 def shrunk(config: dict, own: dict) -> dict:
@@ -102,7 +147,10 @@ def shrunk(config: dict, own: dict) -> dict:
         if first < MOST_LAYERS:
             keep = max(keep, first + 1)
     for name, value in config.items():
-        if isinstance(value, dict) and name.endswith("config"):
+        if name == "per_layer_config" and value:  # by the number of the layer
+            fields_of = {layer: fields for layer, fields in value.items() if int(layer) < keep}
+            config[name] = {layer: shrunk(fields, {}) for layer, fields in fields_of.items()}
+        elif isinstance(value, dict) and name.endswith("config"):
             config[name] = shrunk(value, own.get(name, {}))
         elif name in lists:
             config[name] = value[:keep]
@@ -113,12 +161,12 @@ def shrunk(config: dict, own: dict) -> dict:
         elif name in SMALL and isinstance(value, int) and not isinstance(value, bool):
             config[name] = min(SMALL[name], value) if value > 0 else value
         elif name.endswith(("token_id", "token_index")):
-            config[name] = None if name == "pad_token_id" else 2
+            config[name] = 0 if name == "pad_token_id" else 2
         elif "dropout" in name or name.endswith(("pdrop", "_drop", "layerdrop")):
             config[name] = 0.0 if isinstance(value, float) else value
         elif name == "is_decoder":
             config[name] = True
-    return config | {k: v for k, v in own.items() if not isinstance(v, dict) or k not in config}
+    return config | {k: v for k, v in own.items() if not k.endswith("config") or k not in config}
 
 
 def tiny_model(family: str) -> nn.Module:
@@ -174,8 +222,12 @@ class Reference:
         self.rows = list(found.rows)
 
     def loss(self, ids: Tensor, supervised: Tensor) -> Tensor:
-        with InFloat64():
-            logits = self.model(input_ids=ids[None], use_cache=False).logits[0]  # [T, V]
+        torch.set_default_dtype(torch.float64)
+        try:
+            with InFloat64():
+                logits = self.model(input_ids=ids[None], use_cache=False).logits[0]  # [T, V]
+        finally:
+            torch.set_default_dtype(torch.float32)
         token_losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
         return token_losses[supervised[1:]].mean()
 
@@ -253,9 +305,8 @@ def default_adapters(model: nn.Module, result: Result) -> nn.Module:
     return model.eval()
 
 
-def check(result: Result) -> None:
+def check(result: Result, model: nn.Module) -> None:
     """Fill `result`: every value against the reference."""
-    model = tiny_model(result.family)
     model = default_adapters(model, result)
     probe = VProjectionProbe(model)
     result.notes += probe.found.cautions
@@ -318,7 +369,14 @@ def run_family(family: str, seconds: int) -> Result:
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(seconds)
     try:
-        check(result)
+        model = tiny_model(family)
+    except Exception as problem:
+        signal.alarm(0)
+        result.verdict, result.trace = "not built", traceback.format_exc()
+        result.notes.append(first_line(problem))
+        return result
+    try:
+        check(result, model)
     except (UserError, ValueError) as refusal:
         own = isinstance(refusal, UserError) or "probe_module" in str(refusal) or "name a proj" in str(refusal)
         result.verdict = "refused" if own else "fails"
@@ -377,7 +435,7 @@ def main() -> None:
     )
 
 
-VERDICTS = ("passes", "passes with a note", "refused", "fails")
+VERDICTS = ("passes", "passes with a note", "refused", "not built", "fails")
 
 if __name__ == "__main__":
     main()

@@ -11,17 +11,22 @@ import transformers
 from models import KINDS, VOCAB, tiny_model, v_rows
 from torch import Tensor, nn
 
-import colm_core
-from colm_core import LabelledLogits, VProjectionProbe, collate, example_losses, pack
+import colm_batches
+from colm_batches import LabelledLogits, collate, micro_batch_losses, pack
+from colm_core import VProjection, VProjectionProbe, find_v_projection
 
 SIZES = [(9, 3), (5, 1), (14, 6), (7, 0), (3, 2)]  # (tokens, prompt)
 DIRECTIONS = 3
 EVERY_MODEL = pytest.mark.parametrize(("kind", "lora"), [(kind, lora) for kind in KINDS for lora in (True, False)])
 
 
-def examples(sizes=SIZES) -> list[tuple[Tensor, int]]:
+def examples(sizes=SIZES) -> list[tuple[Tensor, Tensor]]:
+    """Token ids [T] and which of them are supervised: all behind the prompt, but never the first."""
     g = torch.Generator().manual_seed(3)
-    return [(torch.randint(0, VOCAB, (n,), generator=g), prompt) for n, prompt in sizes]
+    rows = []
+    for tokens, prompt in sizes:
+        rows.append((torch.randint(0, VOCAB, (tokens,), generator=g), torch.arange(tokens) >= max(prompt, 1)))
+    return rows
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -45,7 +50,7 @@ class Probed:
 
     def losses(self, rows, **options):
         batch = collate(rows, **options)
-        return lambda: example_losses(self.model, self.hook, batch)
+        return lambda: micro_batch_losses(self.model, self.hook, batch)
 
     def gradients(self, rows, **options) -> Tensor:
         return self.probe.gradients(self.losses(rows, **options))
@@ -57,10 +62,10 @@ class Probed:
         return torch.randn(n, *self.probe.shape, generator=torch.Generator().manual_seed(4))
 
 
-def plain_loss(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
+def plain_loss(model: nn.Module, ids: Tensor, supervised: Tensor) -> Tensor:
     """Mean loss of one example alone, from the model's full logits: no batch, no hook, no chunk."""
-    first = max(prompt, 1)
-    return F.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1], ids[first:])
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]  # [T, V]
+    return F.cross_entropy(logits[:-1][supervised[1:]], ids[supervised])
 
 
 class Reference:
@@ -74,8 +79,8 @@ class Reference:
 
     def gradients(self, examples) -> Tensor:
         out = []
-        for ids, prompt in examples:
-            (g,) = torch.autograd.grad(plain_loss(self.model, ids, prompt), self.weight)
+        for ids, supervised in examples:
+            (g,) = torch.autograd.grad(plain_loss(self.model, ids, supervised), self.weight)
             out.append((g.T if self.transposed else g)[self.rows].flatten())
         return torch.stack(out)
 
@@ -87,8 +92,8 @@ class Reference:
             for sign in (1, -1):
                 self.weight.copy_(original)
                 (self.weight.T if self.transposed else self.weight)[self.rows] += sign * eps * direction
-                for i, (ids, prompt) in enumerate(examples):
-                    out[i, k] += sign * plain_loss(self.model, ids, prompt) / (2 * eps)
+                for i, (ids, supervised) in enumerate(examples):
+                    out[i, k] += sign * plain_loss(self.model, ids, supervised) / (2 * eps)
         self.weight.copy_(original)
         return out
 
@@ -264,7 +269,7 @@ def test_layers_before_the_last_run_once():
 
 @pytest.fixture
 def packed_attention():
-    transformers.AttentionInterface.register("packed", colm_core.packed_attention)
+    transformers.AttentionInterface.register("packed", colm_batches.packed_attention)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mistral", "stablelm")])
@@ -276,11 +281,11 @@ def test_packed_examples_give_what_padded_ones_give(packed_attention, kind):
         batch = pack(rows, longest=14, multiple=multiple, slots=slots)
 
         def losses(batch=batch):
-            return example_losses(packed.model, packed.hook, batch)
+            return micro_batch_losses(packed.model, packed.hook, batch)
 
         with torch.no_grad():
             assert error(losses(), padded.losses(rows)()) < 1e-12
-        assert error(packed.probe.gradients(losses, batch), padded.gradients(rows)) < 1e-12
+        assert error(packed.probe.gradients(losses, batch.per_example), padded.gradients(rows)) < 1e-12
         assert error(packed.probe.spsa(losses, z, 1e-3), padded.spsa(rows, z, 1e-3)) < 1e-9
 
 
@@ -288,7 +293,7 @@ def test_packed_examples_give_what_padded_ones_give(packed_attention, kind):
 def test_packing_is_refused_where_examples_would_mix(packed_attention, kind, problem):
     packed = Probed(tiny_model(kind, attn_implementation="packed"))
     with pytest.raises(RuntimeError, match=f"{problem}.*--no-packing"):
-        example_losses(packed.model, packed.hook, pack(examples(), longest=14, multiple=1))
+        micro_batch_losses(packed.model, packed.hook, pack(examples(), longest=14, multiple=1))
 
 
 # ------------------------------------------------------------------------------------------- what a probe leaves behind
@@ -373,7 +378,7 @@ def test_spsa_of_a_bfloat16_model_follows_the_exact_derivative(kind):
 
     def losses():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return example_losses(model, probed.hook, batch)
+            return micro_batch_losses(model, probed.hook, batch)
 
     derivatives = probed.probe.spsa(losses, z, 1e-3, wide_tail=True)
     rough = probed.probe.spsa(losses, z, 1e-3, wide_tail=False)
@@ -391,7 +396,7 @@ def test_autocast_counts_as_the_precision_that_the_tail_widens():
 
     def losses():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return example_losses(probed.model, probed.hook, batch)
+            return micro_batch_losses(probed.model, probed.hook, batch)
 
     derivatives = probed.probe.spsa(losses, probed.directions(), 1e-3)
     assert derivatives.dtype == torch.float32
