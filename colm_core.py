@@ -482,6 +482,7 @@ class VProjectionProbe:
         self.module = model.get_submodule(found.name)
         self.layer = model.get_submodule(found.layer)
         self.layers = model.get_submodule(found.layer.rpartition(".")[0])  # the nn.ModuleList of all layers
+        self.layers_behind = [*self.layers][[*self.layers].index(self.layer) + 1 :]  # none in most models
         self.rows = torch.tensor(found.rows)  # [d_v]
         adapter = self._adapter()
         rank_or_width = found.d_in
@@ -557,8 +558,11 @@ class VProjectionProbe:
         def run_layer(*args, **kwargs):
             nonlocal shift
             fresh = Tensor.clone
-            if wide_tail:
-                fresh = tail.enter_context(_in_wider_precision((args, kwargs)))  # until the model's forward returns
+            if wide_tail:  # until the model's forward returns
+                mode = tail.enter_context(_in_wider_precision((args, kwargs)))
+                for module in self.model.modules():
+                    tail.enter_context(_gathered_as_ever(module, mode))
+                fresh = mode.widened
             outputs = []
             for shift in group:  # noqa: B007 - the hook reads it
                 # every copy has inputs of its own: a layer may add to its input in place
@@ -607,7 +611,7 @@ class VProjectionProbe:
     def _tail_as_written(self):
         """Run the projection's layer and those behind it uncompiled: compiled code ignores hooks that came later."""
         with ExitStack() as stack:
-            for layer in self.layers[self.found.before :]:
+            for layer in (self.layer, *self.layers_behind):
                 stack.enter_context(_uncompiled(layer))
             yield
 
@@ -859,8 +863,8 @@ def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> lis
 
 TOO_FAR = 0.1  # half precision moves the exact derivative by up to 0.05
 FLIPS = (
-    "V reaches a top-k choice (of experts): a perturbation flips choices, and SPSA's differences measure these jumps more "
-    "than the derivative: use --probe grad"
+    "V reaches a top-k choice (of experts): a perturbation flips choices, and SPSA's differences measure these jumps "
+    "more than the derivative: use --probe grad"
 )
 NARROW = (
     "SPSA's perturbed part can't run in a wider precision on this model ({problem}), and in the model's own the "
@@ -940,7 +944,7 @@ class _ChoiceWatch(TorchFunctionMode):
 
 @contextmanager
 def _in_wider_precision(inputs):
-    """Compute in the next wider precision until the block ends, and yield what widens one tensor.
+    """Compute in the next wider precision until the block ends; yields the mode that sees to it.
 
     The next wider one is that after autocast's, or after that of the first floating tensor in `inputs`.
     """
@@ -951,7 +955,39 @@ def _in_wider_precision(inputs):
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
     mode = _Wider(dtype)
     with torch.autocast(kind, enabled=False), mode:
-        yield mode.widened
+        yield mode
+
+
+@contextmanager
+def _gathered_as_ever(module: nn.Module, mode: _Wider):
+    """Keep `mode` out of FSDP's hooks around the forward of `module`, and FSDP's casts out of the wide tail.
+
+    In these hooks FSDP gathers weights, which the mode would widen for good, and casts inputs to the precision of the
+    weights, which would undo the mode.
+    """
+    replaced = []
+
+    def suspended(hook: Callable, keep: bool) -> Callable:
+        def run(*args):
+            mode.suspended = True
+            try:
+                returned = hook(*args)
+            finally:
+                mode.suspended = False
+            return args[1:3] if keep else returned  # (args, kwargs) as they were
+
+        return run
+
+    for hooks, is_before in ((module._forward_pre_hooks, True), (module._forward_hooks, False)):
+        for key, hook in hooks.items():
+            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                replaced.append((hooks, key, hook))
+                hooks[key] = suspended(hook, keep=is_before)
+    try:
+        yield
+    finally:
+        for hooks, key, hook in replaced:
+            hooks[key] = hook
 
 
 class _Wider(TorchFunctionMode):
@@ -964,6 +1000,7 @@ class _Wider(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
+        self.suspended = False
 
     def is_narrow(self, dtype: torch.dtype) -> bool:
         return dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize
@@ -979,6 +1016,8 @@ class _Wider(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if self.suspended:
+            return func(*args, **kwargs)
         if name == "__get__":  # an attribute: only x.dtype matters, and nothing need be copied for it
             return self.widened(func(*args)) if func == Tensor.dtype.__get__ else func(*args)
         if name in ("float", "half", "bfloat16"):

@@ -61,8 +61,8 @@ SMALL = {
     "n_positions n_ctx max_seq_len model_max_length max_target_positions context_length moe_latent_size",
     32: "hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim lru_width "
     "attention_hidden_size input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim "
-    "out_hidden_size vision_output_dim projector_input_dim projector_output_dim adapter_input_size adapter_in_dim backbone_hidden_size "
-    "hidden_size_global embed_dim hidden_size_per_layer ple_embed_dim dim cross_hidden_size",
+    "out_hidden_size vision_output_dim projector_input_dim projector_output_dim adapter_input_size "
+    "adapter_in_dim backbone_hidden_size hidden_size_global embed_dim hidden_size_per_layer ple_embed_dim dim cross_hidden_size",
     16: "kv_lora_rank q_lora_rank o_lora_rank hc_lowrank laurel_rank adapter_rank gated_norm_rank loop_gate_rank "
     "time_step_rank mamba_dt_rank router_hidden_size chunk_size mamba_chunk_size d_rel rel_extent block_multiple_of "
     "hidden_size_per_layer_input codebook_dim shape_vocab_size pronunciation_vocab_size",
@@ -81,8 +81,8 @@ SMALL = {
     "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts n_input_layers "
     "n_recurrent_layers n_output_layers attn_layer_period layer_group_size num_layers_per_stack "
     "conf_num_hidden_layers num_global_layers num_global_key_value_heads index_topk_blocks hc_mult o_groups",
-    1: "attn_layer_offset n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups first_k_dense_replace "
-    "num_dense_layers num_kv_shared_layers num_nextn_predict_layers moe_layer_start_index",
+    1: "attn_layer_offset n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups "
+    "first_k_dense_replace num_dense_layers num_kv_shared_layers num_nextn_predict_layers moe_layer_start_index",
 }
 SMALL = {name: value for value, names in SMALL.items() for name in names.split()}
 LAYERS = [name for name, value in SMALL.items() if value == 2 and "layer" in name] + ["depth", "num_blocks"]
@@ -170,7 +170,7 @@ def shrunk(config: dict, own: dict) -> dict:
 
 
 def tiny_model(family: str) -> nn.Module:
-    """A float32 model of the family in evaluation mode, with random weights and biases as large as a trained model's."""
+    """A float32 model of the family in evaluation mode, with random weights and biases like a trained model's."""
     config_class = transformers.CONFIG_MAPPING[family]
     own = OWN.get(family, {})
     config = config_class.from_dict(shrunk(config_class().to_dict(), own))
@@ -185,7 +185,7 @@ def tiny_model(family: str) -> nn.Module:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------- one example at a time, in float64
+# ------------------------------------------------------------------------------------ one example at a time, in float64
 
 
 class InFloat64(TorchFunctionMode):
