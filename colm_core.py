@@ -28,6 +28,8 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -446,22 +448,6 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
 
 
-class VProjection(NamedTuple):
-    """Where a model's last V projection is: what `find_v_projection` learned by running the model once.
-
-    A plain value, so that one process can find it before the weights are sharded and send it to all others.
-    """
-
-    name: str  # of the linear projection, as in model.named_modules()
-    layer: str  # name of the decoder layer around it
-    rows: tuple[int, ...]  # its output channels that are V, d_v of them
-    d_in: int  # its input width
-    before: int  # how many layers of the same nn.ModuleList may be run once for all perturbed copies
-    stackable: bool = True  # perturbed copies can travel together behind the layer
-    wide: bool = True  # what follows the projection runs in the next wider precision
-    cautions: tuple[str, ...] = ()  # why SPSA should not be trusted on this model; the exact probe is not concerned
-
-
 class VProjectionProbe:
     """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] if it has an adapter, else W [d_v, d_in].
 
@@ -469,125 +455,128 @@ class VProjectionProbe:
     that lets the model's own modules run (DDP: pass the inner module; FSDP2: the wrapped model). Weights are never
     written. Call them with the model in evaluation mode: dropout would be noise in the signal.
 
-    The projection is found by running two short rows (`find_v_projection`), in a second of most models. Where running
-    is not possible, as on ranks without weights, give what another process `found`. `module_name` names a projection
-    instead: its V rows are probed, or all its outputs where none of them becomes the value of an attention. A
-    projection that can't be found or probed is a ValueError that names candidates.
+    The projection is found by running two short rows (`find_v_projection`). Where that is not possible, as on ranks
+    that hold no weights yet, give what another process `found`. `module_name` names a projection instead: its V rows
+    are probed, or all its outputs where they are no value of an attention. A ValueError names candidates when none can
+    be found or probed.
     """
 
     def __init__(self, model: nn.Module, module_name: str | None = None, found: VProjection | None = None):
-        self.model = model
-        self.found = found = found or find_v_projection(model, module_name)
-        self.name = found.name
+        if found is None:
+            found = find_v_projection(model, module_name)
+        self.model, self.found, self.name = model, found, found.name
         self.module = model.get_submodule(found.name)
         self.layer = model.get_submodule(found.layer)
         self.layers = model.get_submodule(found.layer.rpartition(".")[0])  # the nn.ModuleList of all layers
-        self.layers_behind = [*self.layers][[*self.layers].index(self.layer) + 1 :]  # none in most models
-        self.rows = torch.tensor(found.rows)  # [d_v]
-        adapter = self._adapter()
-        rank_or_width = found.d_in
-        if adapter is not None:
+        position = [*self.layers].index(self.layer)
+        self.layers_behind = self.layers[position + 1 :]  # without attention of their own; none in most models
+        self.rows = torch.tensor(found.rows)  # [d_v] output channels of the projection
+        width = found.d_in
+        if adapter := self._adapter():
             lora_a, _ = adapter
-            rank_or_width = lora_a.weight.shape[0]
-        self.shape = (len(found.rows), rank_or_width)  # of z, and of the gradient G of one example
+            width = lora_a.weight.shape[0]  # the rank
+        self.shape = (len(found.rows), width)  # of z, and of the gradient G of one example
         self.dims = math.prod(self.shape)
-        self._cautioned = False
+        self._warned = False
 
     def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """Exact per-example gradients of the probed matrix, [n, D]: Eq. 6 for infinitely many directions.   # DIFFERS 5
+        """Exact per-example gradients of the probed matrix, [n, D]: what Eq. 6 estimates.
 
         `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
         are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end.
 
-        V = x A^T B^T, so that the gradient of B is G_i = sum_t delta_it (scaling A x_it)^T with delta = dL/dV. Autograd
-        runs from V onward only: V becomes a leaf, and no layer before it keeps anything for a backward pass.
+        With V_t = B a_t and a_t = scaling A x_t, the gradient of example i is G_i = sum_t delta_it a_it^T, where
+        delta = dL/dV. Autograd runs from V onward only: V becomes a leaf, so no layer before it keeps anything for the
+        backward pass, and that pass ends there.
         """
-        taped: list[Tensor] = []
+        taped: list[tuple[Tensor, Tensor]] = []
 
         def make_leaf(module, args, output):
-            low = self._low_rank_input(args[0])  # [B, T, r]
+            a = self._low_rank_input(args[0])  # [B, T, r]
             torch.set_grad_enabled(True)  # until the no_grad block below ends
             rows = self._rows_on(output.device)
-            leaf = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
-            taped.extend((low, leaf))
-            return output.index_copy(-1, rows, leaf)
+            v = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
+            taped.append((a, v))
+            return output.index_copy(-1, rows, v)
 
         with torch.no_grad(), self._tail_as_written(), self.module.register_forward_hook(make_leaf):
             loss = losses().sum()
-            self._check_runs(len(taped) // 2, 1)
-            low, leaf = taped
-            (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
-        low, delta = low.flatten(1, -2), delta.flatten(1, -2)  # latent attention has [B, 1, T, d]
-        low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
-        dtype = torch.promote_types(low.dtype, torch.float32)
-        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
+            self._check_runs(len(taped), 1)
+            a, v = taped[0]
+            (delta,) = torch.autograd.grad(loss, v)  # [B, T, d_v], exact: DIFFERS 5
+        a, delta = a.flatten(1, -2), delta.flatten(1, -2)  # latent attention has [B, 1, T, d]
+        a, delta = per_example(a), per_example(delta)  # [n, L, r] and [n, L, d_v]
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return torch.einsum("nto,nti->noi", delta.to(dtype), a.to(dtype)).flatten(1)  # [n, D]
 
     @torch.no_grad()
     def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
         """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
 
-        `z` is [n, d_v, r]. No weight is written: B + eps z changes V by eps (scaling A x) z^T, which a hook adds.
+        `z` is [n, d_v, r]. No weight is written: B + eps z adds eps (scaling A x) z^T to V, and so does a hook.
         `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 -> float64): in
-        the model's own, the difference of two nearly equal losses is mostly rounding.   # DIFFERS 6
+        the model's own, the difference of two nearly equal losses is mostly rounding.
+
+        The layers before the last run once. The last layer runs once for each signed direction, and the C = 2n copies
+        of its output travel together, as C * B rows, through the final norm and the head. Some models can't take more
+        rows behind the layer than before it: they reshape, or run more layers with masks of B rows. There the forward
+        is repeated for each copy, and the layers before return what they returned the first time.
         """
         self._warn_once()
-        signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
-        values = self._perturbed_losses(losses, signed, wide_tail and self.found.wide)  # [2n, B]
+        wide_tail = wide_tail and self.found.wide
+        shifts = torch.cat([eps * z, -eps * z])  # [C, d_v, r]
+        with self._tail_as_written():
+            if self.found.stackable:
+                values = self._perturbed_losses(losses, shifts, wide_tail)  # [C, B]
+            else:
+                with _remembered(self.layers[: self.found.before]):
+                    singly = [self._perturbed_losses(losses, shift, wide_tail) for shift in shifts.split(1)]
+                values = torch.cat(singly)  # [C, B]
         plus, minus = values.chunk(2)  # [n, B] each
         return (plus - minus).T / (2 * eps)
 
     def _perturbed_losses(self, losses: Callable[[], Tensor], shifts: Tensor, wide_tail: bool) -> Tensor:
-        """L_i(w + shift) for every one of `shifts` [C, d_v, r], [C, B].
-
-        The layers before the projection's run once. The projection's own layer runs once per shift. Behind it the C
-        copies travel together as one batch of C * B rows through the final norm and the head, in one forward. Where a
-        model can't take more rows behind the layer than before (it reshapes them to the size of its input, or runs more
-        layers with masks of B rows), the forward is repeated for each shift, and the layers before return what they
-        returned the first time.
-        """
+        """L_i(w + shift) for each of `shifts` [C, d_v, r] in one forward, [C, B]."""
         layer_forward, model_forward = self.layer.forward, self.model.forward
-        runs, shift, tail = 0, None, None
+        now = SimpleNamespace(shift=None, runs=0, tail=None)
 
         def add_perturbation(module, args, output):
-            nonlocal runs
-            runs += 1
-            low = self._low_rank_input(args[0])  # [B, T, r]
-            change = low @ shift.to(low.dtype).T  # [B, T, d_v]
+            now.runs += 1
+            a = self._low_rank_input(args[0])  # [B, T, r]
+            change = a @ now.shift.to(a.dtype).T  # [B, T, d_v]
             return output.index_add(-1, self._rows_on(output.device), change.to(output.dtype))
 
         def run_layer(*args, **kwargs):
-            nonlocal shift
             fresh = Tensor.clone
-            if wide_tail:  # until the model's forward returns
-                mode = tail.enter_context(_in_wider_precision((args, kwargs)))
-                for module in self.model.modules():
-                    tail.enter_context(_gathered_as_ever(module, mode))
+            if wide_tail:  # from here until the model's forward returns: DIFFERS 6
+                mode = now.tail.enter_context(_wider_precision((args, kwargs)))
+                for module in self._gathered:
+                    now.tail.enter_context(_unwidened_gathering(module, mode))
                 fresh = mode.widened
             outputs = []
-            for shift in group:  # noqa: B007 - the hook reads it
-                # every copy has inputs of its own: a layer may add to its input in place
+            for now.shift in shifts:
+                # every copy has inputs of its own: a layer may write into them
                 outputs.append(layer_forward(*_map_tensors(fresh, args), **_map_tensors(fresh, kwargs)))
             return _stacked(outputs)
 
         def run_model(*args, **kwargs):
-            nonlocal tail
-            with ExitStack() as tail:
+            with ExitStack() as now.tail:
                 return model_forward(*args, **kwargs)
 
-        groups, earlier = [shifts], ()  # all copies in one forward
-        if not self.found.stackable:
-            groups, earlier = shifts.split(1), self.layers[: self.found.before]
-        values = []
-        with ExitStack() as stack:
-            stack.enter_context(self._tail_as_written())
-            stack.enter_context(self.module.register_forward_hook(add_perturbation))  # the hook lasts for this block
-            stack.enter_context(_patched_forward(self.model, run_model))
-            stack.enter_context(_patched_forward(self.layer, run_layer))
-            stack.enter_context(_remembered(earlier))
-            for group in groups:  # noqa: B007 - run_layer reads it
-                values.append(losses())
-        self._check_runs(runs, len(shifts))
-        return torch.cat(values)
+        with (
+            ExitStack() as now.tail,  # in case that `losses` runs only a part of the model
+            self.module.register_forward_hook(add_perturbation),
+            _patched_forward(self.layer, run_layer),
+            _patched_forward(self.model, run_model),
+        ):
+            values = losses()
+        self._check_runs(now.runs, len(shifts))
+        return values
+
+    @cached_property
+    def _gathered(self) -> list[nn.Module]:
+        """Modules whose weights FSDP2 gathers; first asked for when probing, and wrapped by then."""
+        return [module for module in self.model.modules() if hasattr(module, "unshard")]
 
     def _adapter(self) -> tuple[nn.Module, float] | None:
         """(lora_A, scaling) of the active LoRA adapter, or None."""
@@ -616,6 +605,7 @@ class VProjectionProbe:
             yield
 
     def _check_runs(self, runs: int, expected: int) -> None:
+        """A projection that never ran would give zeros, and one that ran twice half of its gradient."""
         if runs != expected:
             raise RuntimeError(
                 f"{self.name} ran {runs} times where {expected} were expected: this model can't be probed there, "
@@ -623,34 +613,49 @@ class VProjectionProbe:
             )
 
     def _warn_once(self) -> None:
-        if not self._cautioned:
+        if not self._warned:
             for caution in self.found.cautions:
-                warnings.warn(caution, stacklevel=3)
-        self._cautioned = True
+                warnings.warn(caution, stacklevel=4)  # at the caller of `spsa`, behind no_grad's wrapper
+        self._warned = True
 
 
 # ------------------------------------------------------------------------------------- finding V by running the model
 
-TRIAL_ROWS, TRIAL_TOKENS = 2, 11  # two rows tell B rows from C copies of one; 11 keys are no usual number of experts
-PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
-KEEPS_PROBABILITIES = (
-    *("dropout", "to", "type_as", "type", "float", "half", "bfloat16", "contiguous", "clone", "nan_to_num"),
-    *("__getitem__", "view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "flatten"),
-    *("masked_fill", "mul", "__mul__", "where"),
-)
+
+class VProjection(NamedTuple):
+    """Where a model's last V projection is and what it can be used for, as `find_v_projection` learned.
+
+    A plain value: one process can learn it before the weights are sharded, and send it to all others.
+    """
+
+    name: str  # of the linear projection, as in model.named_modules()
+    layer: str  # of the decoder layer around it
+    rows: tuple[int, ...]  # its output channels that are V, d_v of them
+    d_in: int  # its input width
+    before: int  # so many layers, from the first on, need not run again for another perturbed copy
+    stackable: bool = True  # perturbed copies can travel together behind the layer
+    wide: bool = True  # what follows the projection runs in the next wider precision
+    cautions: tuple[str, ...] = ()  # what makes SPSA doubtful on this model; the exact probe is not concerned
+
+
+class Unprobed(Exception):
+    """Why a projection can't be found or probed."""
+
+
+TRIAL_ROWS, TRIAL_TOKENS = 2, 11  # with one row, B rows and C copies of one could not be told apart
 
 
 def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProjection:
     """Run two short rows and see which output channels of which linear projection become the value of attention.
 
     Names and layouts differ without end (fused [q k v], [q v k] in blocks, per head, per group, latent), so none is
-    looked up. In one forward every linear projection's output is cut off from what made it and becomes a leaf of
-    autograd; the last attention call whose *value* depends on a leaf has found V, and the channels with a gradient are
-    its rows, whatever was done to them on the way (split, repeated, normalised). Channels that reach the query or the
-    key too are refused, and so is a model without any softmax attention, unless `module_name` names a projection.
+    looked up. In one forward the output of every linear projection is cut off from what made it and becomes a leaf of
+    autograd. The last attention whose *value* depends on a leaf has found V: its rows are the channels with a gradient,
+    whatever was done to them on the way (split, repeated, normalised). Projections that never run, as those of
+    cross-attention without an encoder, and layers without attention drop out by themselves.
 
-    Two more runs try both probes: whether perturbed copies can travel together, whether the tail can run in a wider
-    precision, and whether SPSA follows the exact derivative; what can't be had becomes a caution.
+    Channels that reach the query or the key too are refused, and so is a model without any softmax attention, unless
+    `module_name` names the projection. More runs then try both probes: `_try_both_probes`.
     """
     projections = _linear_projections(model)
     named = projections
@@ -673,10 +678,6 @@ def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProj
     except Exception as error:  # of the model: it wants images, another package, a longer row
         problem = f"a forward of {TRIAL_ROWS} short rows fails with {type(error).__name__}: {_first_line(error)}"
         raise ValueError(_candidates(model, problem)) from error
-
-
-class Unprobed(Exception):
-    """Why a projection can't be found or probed."""
 
 
 def _describe(model: nn.Module, ran: _Ran, module: nn.Module, rows: list[int]) -> VProjection:
@@ -785,38 +786,44 @@ def _run_with_leaves(model: nn.Module, batch: Mapping[str, Tensor], projections:
 class _AttentionWatch(TorchFunctionMode):
     """Notes the value of every attention: that of `scaled_dot_product_attention`, or what a softmax is multiplied with.
 
-    Attention written out reads matmul(softmax(q k^T), v), with dropout, casts and slices between the two. Softmax is
-    used elsewhere (experts), so its output must be square over at
-    least the tokens.
+    Attention written out reads matmul(softmax(q k^T), v), with dropout, casts and slices between the two. Experts use a
+    softmax, too; that of attention is square over the tokens.
     """
+
+    PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
+    KEEP_PROBABILITIES = (
+        *("dropout", "to", "type_as", "type", "float", "half", "bfloat16", "contiguous", "clone", "nan_to_num"),
+        *("__getitem__", "view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "flatten"),
+        *("masked_fill", "mul", "__mul__", "where"),
+    )
 
     def __init__(self, attentions: list[_Attention]):
         super().__init__()
         self.attentions = attentions
-        self.probabilities: list[Tensor] = []  # kept, or another tensor would get the same id
+        self.probabilities: dict[int, Tensor] = {}  # by id; kept alive, or another tensor could get the same id
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
-            query, key, value = (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[:3]
+            named = [kwargs[key] for key in ("query", "key", "value") if key in kwargs]
+            query, key, value = [*args[:3], *named]
             self.attentions.append(_Attention(value, (query, key)))
-        elif name in PRODUCTS:
-            self._note_product([a for a in _flat(args) if isinstance(a, Tensor)])
-        elif name == "softmax" or (name in KEEPS_PROBABILITIES and any(self._is_probability(a) for a in args)):
-            self.probabilities.append(out)
+        elif name in self.PRODUCTS:
+            self._note_product([x for x in _flat(args) if isinstance(x, Tensor)])
+        elif name == "softmax" or (name in self.KEEP_PROBABILITIES and any(map(self._is_probability, args))):
+            self.probabilities[id(out)] = out
         return out
 
     def _is_probability(self, x) -> bool:
-        return isinstance(x, Tensor) and any(x is p for p in self.probabilities)
+        return id(x) in self.probabilities
 
     def _note_product(self, factors: list[Tensor]) -> None:
         if len(factors) != 2:
             return
         for weights, value in (factors, factors[::-1]):
-            square = weights.dim() >= 2 and weights.shape[-1] == weights.shape[-2] >= TRIAL_TOKENS
-            if square and self._is_probability(weights):
+            if self._is_probability(weights) and weights.shape[-1] == weights.shape[-2] >= TRIAL_TOKENS:
                 self.attentions.append(_Attention(value, (weights,)))
                 return
 
@@ -824,11 +831,12 @@ class _AttentionWatch(TorchFunctionMode):
 def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[nn.Module, list[int]]:
     """The one among `named` whose channels become the value of the last attention, and these channels.
 
-    Where none does, all channels of the last one that ran if `whole`.
+    Where none does, or only channels that are query or key as well, all channels of the last that ran if `whole`.
     """
     modules = [module for module in ran.leaves if module in named]  # in the order of running
-    modules.sort(key=lambda module: ran.calls[module] == 1)  # one that runs once is preferred, and is last
+    modules.sort(key=lambda module: ran.calls[module] == 1)  # a stable sort: those that run once come last
     leaves = [ran.leaves[module] for module in modules]
+    problem = f"none of {len(modules)} projections becomes the value of a softmax attention"
     for attention in reversed(ran.attentions):
         in_value = _channels_reaching((attention.value,), leaves)
         if not any(channels.any() for channels in in_value):
@@ -837,11 +845,12 @@ def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[n
         for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
             if value.any() and not (value & others).any():
                 return module, value.nonzero()[:, 0].tolist()
-        raise Unprobed("the channels that become the value of the last attention become its query or key, too")
+        problem = "the channels that become the value of the last attention become its query or key, too"
+        break
     if not modules:
         raise Unprobed("what was named does not run in a forward of text alone")
     if not whole:
-        raise Unprobed(f"none of {len(modules)} projections becomes the value of a softmax attention")
+        raise Unprobed(problem)
     return modules[-1], [*range(leaves[-1].shape[-1])]
 
 
@@ -853,7 +862,7 @@ def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> lis
         if not x.requires_grad:
             continue
         # a random weighted sum: that the contributions of a channel cancel has probability 0
-        weights = torch.randn(x.shape, generator=generator).to(x)
+        weights = torch.randn(x.shape, generator=generator).to(x)  # our own generator: training must not notice
         gradients = torch.autograd.grad(x, leaves, weights, retain_graph=True, allow_unused=True)
         for i, gradient in enumerate(gradients):
             if gradient is not None:
@@ -943,7 +952,7 @@ class _ChoiceWatch(TorchFunctionMode):
 
 
 @contextmanager
-def _in_wider_precision(inputs):
+def _wider_precision(inputs):
     """Compute in the next wider precision until the block ends; yields the mode that sees to it.
 
     The next wider one is that after autocast's, or after that of the first floating tensor in `inputs`.
@@ -959,30 +968,39 @@ def _in_wider_precision(inputs):
 
 
 @contextmanager
-def _gathered_as_ever(module: nn.Module, mode: _Wider):
+def _unwidened_gathering(module: nn.Module, mode: _Wider):
     """Keep `mode` out of FSDP's hooks around the forward of `module`, and FSDP's casts out of the wide tail.
 
     In these hooks FSDP gathers weights, which the mode would widen for good, and casts inputs to the precision of the
     weights, which would undo the mode.
     """
-    replaced = []
 
-    def suspended(hook: Callable, keep: bool) -> Callable:
+    def suspended(hook: Callable) -> Callable:
         def run(*args):
             mode.suspended = True
             try:
-                returned = hook(*args)
+                return hook(*args)
             finally:
                 mode.suspended = False
-            return args[1:3] if keep else returned  # (args, kwargs) as they were
 
         return run
 
-    for hooks, is_before in ((module._forward_pre_hooks, True), (module._forward_hooks, False)):
+    def with_inputs_kept(hook: Callable) -> Callable:
+        def run(module, args, kwargs):
+            hook(module, args, kwargs)
+            return args, kwargs
+
+        return run
+
+    replaced = []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in hooks.items():
-            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
-                replaced.append((hooks, key, hook))
-                hooks[key] = suspended(hook, keep=is_before)
+            if not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                continue
+            replaced.append((hooks, key, hook))
+            hooks[key] = suspended(hook)
+            if hooks is module._forward_pre_hooks:
+                hooks[key] = with_inputs_kept(hooks[key])
     try:
         yield
     finally:
@@ -996,6 +1014,8 @@ class _Wider(TorchFunctionMode):
     Modules cast to float32 (norms, softmax), to a weight's dtype or to that of their input. Here all of these mean
     `dtype`: where a narrower precision is asked for, it is given instead.
     """
+
+    IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -1016,30 +1036,28 @@ class _Wider(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if self.suspended:
+        if self.suspended or "out" in kwargs:
             return func(*args, **kwargs)
         if name == "__get__":  # an attribute: only x.dtype matters, and nothing need be copied for it
-            return self.widened(func(*args)) if func == Tensor.dtype.__get__ else func(*args)
+            value = func(*args)
+            return self.widened(value) if func == Tensor.dtype.__get__ else value
         if name in ("float", "half", "bfloat16"):
             return args[0].to(self.dtype)
-        if name in ("grouped_mm", "_grouped_mm"):
-            func = _grouped_product  # experts: the kernel has no float64, and on some devices no float32
+        if name in self.IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            # the target must stay the tensor that it is, and takes values of its own precision
+            target, *rest = args
+            return func(target, *(self._like(target, x) for x in rest), **kwargs)
         kwargs = {key: self.widened(value) for key, value in kwargs.items()}
         if name == "full":
             kwargs.setdefault("dtype", self.dtype)  # the least float64 does not fit in the default float32
-        if name.endswith("_") and (not name.endswith("__") or name in IN_PLACE):
-            # written in place: the target must stay the tensor that it is, and gets values of its own precision
-            rest = [self._like(x, args[0]) for x in args[1:]]
-            return func(args[0], *rest, **kwargs)
+        if name in ("grouped_mm", "_grouped_mm"):
+            func = _grouped_product  # experts: the kernel has no float64, and on some devices no float32
         return self.widened(func(*map(self.widened, args), **kwargs))
 
-    def _like(self, x, target: Tensor):
+    def _like(self, target: Tensor, x):
         if isinstance(x, Tensor) and x.is_floating_point() and target.is_floating_point():
             return x.to(target.dtype)
         return x
-
-
-IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
 def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor, **_) -> Tensor:

@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import train_colm  # noqa: E402
 from colm_batches import LabelledLogits, collate, micro_batch_losses, pack, packed_attention  # noqa: E402
-from colm_core import VProjectionProbe  # noqa: E402
+from colm_core import VProjection, VProjectionProbe  # noqa: E402
 from colm_data import UserError  # noqa: E402
 
 VOCAB = 101
@@ -62,7 +62,8 @@ SMALL = {
     32: "hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim lru_width "
     "attention_hidden_size input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim "
     "out_hidden_size vision_output_dim projector_input_dim projector_output_dim adapter_input_size "
-    "adapter_in_dim backbone_hidden_size hidden_size_global embed_dim hidden_size_per_layer ple_embed_dim dim cross_hidden_size",
+    "adapter_in_dim backbone_hidden_size hidden_size_global embed_dim hidden_size_per_layer "
+    "ple_embed_dim dim cross_hidden_size",
     16: "kv_lora_rank q_lora_rank o_lora_rank hc_lowrank laurel_rank adapter_rank gated_norm_rank loop_gate_rank "
     "time_step_rank mamba_dt_rank router_hidden_size chunk_size mamba_chunk_size d_rel rel_extent block_multiple_of "
     "hidden_size_per_layer_input codebook_dim shape_vocab_size pronunciation_vocab_size",
@@ -169,10 +170,10 @@ def shrunk(config: dict, own: dict) -> dict:
     return config | {k: v for k, v in own.items() if not k.endswith("config") or k not in config}
 
 
-def tiny_model(family: str) -> nn.Module:
+def tiny_model(family: str, **own) -> nn.Module:
     """A float32 model of the family in evaluation mode, with random weights and biases like a trained model's."""
     config_class = transformers.CONFIG_MAPPING[family]
-    own = OWN.get(family, {})
+    own = OWN.get(family, {}) | own
     config = config_class.from_dict(shrunk(config_class().to_dict(), own))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -268,6 +269,7 @@ class Result:
     verdict: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    found: VProjection | None = None
     packing: str = ""
     trace: str = ""
 
@@ -309,6 +311,7 @@ def check(result: Result, model: nn.Module) -> None:
     """Fill `result`: every value against the reference."""
     model = default_adapters(model, result)
     probe = VProjectionProbe(model)
+    result.found = probe.found
     result.notes += probe.found.cautions
     hook, rows, truth = LabelledLogits(model), examples(), Reference(model, probe.found)
     batch = collate(rows)
@@ -360,7 +363,8 @@ class TooSlow(Exception):
     pass
 
 
-def run_family(family: str, seconds: int) -> Result:
+def run_family(family: str, seconds: int, **own) -> Result:
+    """The result of one family; `own` are fields of its configuration."""
     result = Result(family)
 
     def give_up(*_):
@@ -369,7 +373,7 @@ def run_family(family: str, seconds: int) -> Result:
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(seconds)
     try:
-        model = tiny_model(family)
+        model = tiny_model(family, **own)
     except Exception as problem:
         signal.alarm(0)
         result.verdict, result.trace = "not built", traceback.format_exc()
