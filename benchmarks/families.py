@@ -15,7 +15,8 @@ worst relative error counts. A family
     is not built           by transformers, from its default configuration or this script's small one
     fails                  a wrong value, or a traceback
 
-Packed rows are tried beside padded ones where the model has the interface for it: `equal`, or how far they differ.
+The last column is what the trainer's check before training decides where rows would be packed: `packed`, or padded for
+what packing raises, or because losses depart from padded ones or leak between neighbours (in units of rounding noise).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,12 +39,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 import train_colm  # noqa: E402
-from colm_batches import LabelledLogits, collate, micro_batch_losses, pack, packed_attention  # noqa: E402
+from colm_batches import LabelledLogits, collate, micro_batch_losses  # noqa: E402
 from colm_core import VProjection, VProjectionProbe  # noqa: E402
 from colm_data import UserError  # noqa: E402
 
@@ -131,7 +134,8 @@ OWN: dict[str, dict] = {
     | {"num_kv_shared_layers": 2, "intermediate_size": 64, "activation_sparsity_pattern": [0.5, 0.0] * 2},
     "cohere_compass_text": {"rope_parameters": {kind: ROPE for kind in ("full_attention", "sliding_attention")}},
     "dots3_note_text": {"head_dim": 16},
-    "dots3_note": {"text_config": {"head_dim": 16}},
+    "dots3_note": {"text_config": {"head_dim": 16}, "vision_config": {"adapter_out_dim": 32}}
+    | {"audio_config": {"adapter_out_dim": 32}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
 }
 
@@ -314,6 +318,7 @@ def check(result: Result, model: nn.Module) -> None:
     result.found = probe.found
     result.notes += probe.found.cautions
     hook, rows, truth = LabelledLogits(model), examples(), Reference(model, probe.found)
+    check_before_training(model, hook)
     batch = collate(rows)
 
     def losses(batch=batch) -> Tensor:
@@ -341,22 +346,41 @@ def check(result: Result, model: nn.Module) -> None:
         raise RuntimeError(f"no training gradient for {sorted(missing)[0]}")
     together = [torch.cat([g[name].double().flatten() for name in expected]) for g in (gradients, expected)]
     result.errors["training"] = error(*together)
-    result.packing = packed_beside_padded(model, hook, rows, padded)
+    result.packing = how_rows_share(model, hook)
 
 
-@torch.no_grad()
-def packed_beside_padded(model: nn.Module, hook: LabelledLogits, rows, padded: Tensor) -> str:
-    """How packed losses compare with padded ones; the trainer pads where they differ."""
-    try:
-        transformers.AttentionInterface.register("packed", packed_attention)
-        model.set_attn_implementation("packed")
-        packed = micro_batch_losses(model, hook, pack(rows, longest=14))[0]
-    except Exception as problem:
-        return f"refused ({type(problem).__name__})"
-    finally:
-        hook.announced = None
-    departs = error(packed, padded.double())
-    return "equal" if departs < 1e-4 else f"differs {departs:.0e}"
+class Rows(list):
+    """Token ids of rows, as the trainer's check before training reads them."""
+
+    def length(self, i: int) -> int:
+        return len(self[i])
+
+    def example(self, i: int) -> SimpleNamespace:
+        return SimpleNamespace(ids=self[i])
+
+
+def trainer_flags(model: nn.Module) -> tuple:
+    args = train_colm.build_parser().parse_args(["--model", model.config.model_type, "--max_length", "48"])
+    generator = torch.Generator().manual_seed(5)
+    rows = Rows(torch.randint(5, VOCAB, (n,), generator=generator) for n in (40, 27, 25, 22, 12, 9, 7))
+    return args, Accelerator(cpu=True), [rows]
+
+
+def check_before_training(model: nn.Module, hook: LabelledLogits) -> None:
+    """The trainer's own check: a UserError if the model can't be trained."""
+    args, accelerator, data = trainer_flags(model)
+    train_colm.check_model(args, accelerator, model, hook, data)
+
+
+def how_rows_share(model: nn.Module, hook: LabelledLogits) -> str:
+    """What the trainer's check says of packed rows: `packed`, or `padded` and why. The attention stays packed."""
+    args, accelerator, data = trainer_flags(model)
+    found = train_colm.measure(args, accelerator, model, hook, train_colm.check_rows(data), packed=True)
+    if found.problem:
+        return f"padded ({found.problem})"
+    if found.apart > train_colm.APART or found.leaks > train_colm.LEAKS:
+        return f"padded (losses depart {found.apart:.0f}, leak {found.leaks:.0f} times the rounding noise)"
+    return "packed"
 
 
 class TooSlow(Exception):
@@ -408,6 +432,12 @@ def first_line(problem: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
+def table_row(cells: list[str], markdown: bool) -> str:
+    if markdown:
+        return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+    return "  ".join(cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", help="these families, with tracebacks")
@@ -419,17 +449,18 @@ def main() -> None:
     torch.set_num_threads(1)
     families = args.only or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     results = []
-    bar = "| " if args.markdown else ""
-    sep = " | " if args.markdown else "  "
-    print(bar + sep.join(["family".ljust(28), "verdict".ljust(18), "worst  ", "packed".ljust(22), "notes"]))
+    header = ["family".ljust(28), "verdict".ljust(18), "worst".ljust(7), "rows".ljust(8), "notes"]
+    print(table_row(header, args.markdown))
     if args.markdown:
         print("|---|---|---|---|---|")
     for family in families:
         result = run_family(family, args.seconds)
         results.append(result)
         worst = f"{result.worst():.0e}" if result.errors else "-"
-        cells = [family.ljust(28), result.verdict.ljust(18), worst.ljust(7), result.packing.ljust(22)]
-        print(bar + sep.join([*cells, "; ".join(result.notes).replace("|", "/")]), flush=True)
+        rows, _, why = result.packing.partition(" ")
+        notes = [*result.notes, *([f"padded: {why.strip('()')}"] if why else [])]
+        cells = [family.ljust(28), result.verdict.ljust(18), worst.ljust(7), rows.ljust(8), "; ".join(notes)]
+        print(table_row(cells, args.markdown), flush=True)
         if args.only and result.trace:
             print("".join(result.trace.splitlines(keepends=True)[-12:]))
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in VERDICTS}

@@ -58,7 +58,7 @@ KINDS = {
     "recurrent behind attention": ("bamba", {}, "1.self_attn.v_proj", GROUPED, ""),
     "convolution": ("lfm2", {}, "self_attn.v_proj", GROUPED, ""),
     "linear attention, gates": ("qwen3_5_text", {}, "self_attn.v_proj", GROUPED, ""),
-    "V of two projections": ("zaya", {}, "v_proj_current", None, ROUTED),
+    "V of two projections": ("zaya", {}, "v_proj_current", [*range(8)], ""),
     "cross-attention that never runs": ("whisper", {}, "decoder.layers.1.self_attn.v_proj", ALL, ""),
 }
 
