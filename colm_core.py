@@ -503,7 +503,7 @@ class VProjectionProbe:
             loss = losses().sum()
             self._check_runs(len(taped), 1)
             a, v = taped[0]
-            (delta,) = torch.autograd.grad(loss, v)  # [B, T, d_v], exact: DIFFERS 5
+            (delta,) = torch.autograd.grad(loss, v)  # [B, T, d_v]   # DIFFERS 5
         a, delta = a.flatten(1, -2), delta.flatten(1, -2)  # latent attention has [B, 1, T, d]
         a, delta = per_example(a), per_example(delta)  # [n, L, r] and [n, L, d_v]
         dtype = torch.promote_types(a.dtype, torch.float32)
@@ -548,7 +548,7 @@ class VProjectionProbe:
 
         def run_layer(*args, **kwargs):
             fresh = Tensor.clone
-            if wide_tail:  # from here until the model's forward returns: DIFFERS 6
+            if wide_tail:  # DIFFERS 6: from here until the forward of the model returns
                 mode = now.tail.enter_context(_wider_precision((args, kwargs)))
                 for module in self._gathered:
                     now.tail.enter_context(_unwidened_gathering(module, mode))
