@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import families  # noqa: E402
 
+from colm_batches import pack, packed_attention  # noqa: E402
+
 HEADS, KV_HEADS, WIDTH = 4, 2, 8  # of every tiny model: heads, groups, channels of a head
 
 
@@ -115,11 +117,13 @@ def test_a_packed_row_of_latent_attention_gives_the_same_gradients():
     hook = families.LabelledLogits(model)
 
     def gradients(batch):
-        losses = lambda: families.micro_batch_losses(model, hook, batch)  # noqa: E731
+        def losses():
+            return families.micro_batch_losses(model, hook, batch)
+
         return probe.gradients(losses, batch.per_example)
 
     padded = gradients(families.collate(rows))
-    transformers.AttentionInterface.register("packed", families.packed_attention)
+    transformers.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation("packed")
-    packed = gradients(families.pack(rows, longest=14))
+    packed = gradients(pack(rows, longest=14))
     assert families.error(packed, padded.double()) < 1e-5
