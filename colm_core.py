@@ -1,8 +1,9 @@
 """CoLM in plain PyTorch: mini-batch coresets for fine-tuning language models on data mixtures.
 
 Every formula of Nguyen et al., "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures"
-(ICLR 2025, arXiv 2407.19580v4), in the order of the algorithm and under its section or equation. The file needs torch
-alone: copy it into your own repository. `train_colm.py` is the complete trainer; a step in your own loop reads
+(ICLR 2025, arXiv 2407.19580v4), in the order of the algorithm and under its section or equation. The second half of
+the file is what lets the probe work on any architecture: it finds V by running the model, and runs part of a model
+again in wider precision. The file needs torch alone: copy it into your own repository. `train_colm.py` is the complete trainer; a step in your own loop reads
 
     probe = VProjectionProbe(model)                              # once: no weight is changed
     moments = AdamMoments(optimizer.defaults["betas"])           # once: the history of Eq. 3-4
@@ -25,8 +26,11 @@ its official code; the README gives the reason under the same number.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -73,6 +77,204 @@ def allocate_budget(counts: Tensor, budget: int, generator: torch.Generator | No
     smallest_first = shuffled[open_to_more[shuffled].argsort(stable=True)]  # DIFFERS 1: ties are drawn
     shares[smallest_first[:left]] += 1
     return shares
+
+
+# ------------------------------------------------------------------------------------------ per-example losses, plainly
+
+
+def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """L_i = mean of -log p over example i's supervised tokens, [C, B] in nats, in one `model(...)`.
+
+    `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
+    where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    logits = model(**inputs, use_cache=False).logits  # [C * B, T, V]
+    labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
+    copies = len(logits) // len(labels)
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
+    sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
+    return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
+
+
+def spsa_gradients(derivatives: Tensor, z: Tensor) -> Tensor:
+    """g_i = mean over directions of derivative_ik z_k (Eq. 6): [n, directions] and [directions, ...] -> [n, D]."""
+    return derivatives @ z.flatten(1) / len(z)
+
+
+# ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
+
+
+class VProjectionProbe:
+    """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] if it has an adapter, else W [d_v, d_in].
+
+    Both probes are hooks inside an ordinary call of the model, so they work for any architecture and under any wrapper
+    that lets the model's own modules run (DDP: pass the inner module; FSDP2: the wrapped model). Weights are never
+    written. Call them with the model in evaluation mode: dropout would be noise in the signal.
+
+    The projection is found by running two short rows (`find_v_projection`). Where that is not possible, as on ranks
+    that hold no weights yet, give what another process `found`. `module_name` names a projection instead: its V rows
+    are probed, or all its outputs where they are no value of an attention. A ValueError names candidates when none can
+    be found or probed.
+    """
+
+    def __init__(self, model: nn.Module, module_name: str | None = None, found: VProjection | None = None):
+        if found is None:
+            found = find_v_projection(model, module_name)
+        self.model, self.found, self.name = model, found, found.name
+        self.module = model.get_submodule(found.name)
+        self.layer = model.get_submodule(found.layer)
+        self.layers = model.get_submodule(found.layer.rpartition(".")[0])  # the nn.ModuleList of all layers
+        position = [*self.layers].index(self.layer)
+        self.layers_behind = self.layers[position + 1 :]  # without attention of their own; none in most models
+        self.rows = torch.tensor(found.rows)  # [d_v] output channels of the projection
+        width = found.d_in
+        if adapter := self._adapter():
+            lora_a, _ = adapter
+            width = lora_a.weight.shape[0]  # the rank
+        self.shape = (len(found.rows), width)  # of z, and of the gradient G of one example
+        self.dims = math.prod(self.shape)
+        self._warned = False
+
+    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Exact per-example gradients of the probed matrix, [n, D]: what Eq. 6 estimates.
+
+        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
+        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end.
+
+        With V_t = B a_t and a_t = scaling A x_t, the gradient of example i is G_i = sum_t delta_it a_it^T, where
+        delta = dL/dV. Autograd runs from V onward only: V becomes a leaf, so no layer before it keeps anything for the
+        backward pass, and that pass ends there.
+        """
+        taped: list[tuple[Tensor, Tensor]] = []
+
+        def make_leaf(module, args, output):
+            a = self._low_rank_input(args[0])  # [B, T, r]
+            torch.set_grad_enabled(True)  # until the no_grad block below ends
+            rows = self._rows_on(output.device)
+            v = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
+            taped.append((a, v))
+            return output.index_copy(-1, rows, v)
+
+        with torch.no_grad(), self._tail_as_written(), self.module.register_forward_hook(make_leaf):
+            loss = losses().sum()
+            self._check_runs(len(taped), 1)
+            a, v = taped[0]
+            (delta,) = torch.autograd.grad(loss, v)  # [B, T, d_v]   # DIFFERS 5
+        a, delta = a.flatten(1, -2), delta.flatten(1, -2)  # latent attention has [B, 1, T, d]
+        a, delta = per_example(a), per_example(delta)  # [n, L, r] and [n, L, d_v]
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return torch.einsum("nto,nti->noi", delta.to(dtype), a.to(dtype)).flatten(1)  # [n, D]
+
+    @torch.no_grad()
+    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
+        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
+
+        `z` is [n, d_v, r]. No weight is written: B + eps z adds eps (scaling A x) z^T to V, and so does a hook.
+        `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 -> float64): in
+        the model's own, the difference of two nearly equal losses is mostly rounding.
+
+        The layers before the last run once. The last layer runs once for each signed direction, and the C = 2n copies
+        of its output travel together, as C * B rows, through the final norm and the head. Some models can't take more
+        rows behind the layer than before it: they reshape, or run more layers with masks of B rows. There the forward
+        is repeated for each copy, and the layers before return what they returned the first time.
+        """
+        self._warn_once()
+        wide_tail = wide_tail and self.found.wide
+        shifts = torch.cat([eps * z, -eps * z])  # [C, d_v, r]
+        with self._tail_as_written():
+            if self.found.stackable:
+                values = self._perturbed_losses(losses, shifts, wide_tail)  # [C, B]
+            else:
+                with _remembered(self.layers[: self.found.before]):
+                    singly = [self._perturbed_losses(losses, shift, wide_tail) for shift in shifts.split(1)]
+                values = torch.cat(singly)  # [C, B]
+        plus, minus = values.chunk(2)  # [n, B] each
+        return (plus - minus).T / (2 * eps)
+
+    def _perturbed_losses(self, losses: Callable[[], Tensor], shifts: Tensor, wide_tail: bool) -> Tensor:
+        """L_i(w + shift) for each of `shifts` [C, d_v, r] in one forward, [C, B]."""
+        layer_forward, model_forward = self.layer.forward, self.model.forward
+        now = SimpleNamespace(shift=None, runs=0, tail=None)
+
+        def add_perturbation(module, args, output):
+            now.runs += 1
+            a = self._low_rank_input(args[0])  # [B, T, r]
+            change = a @ now.shift.to(a.dtype).T  # [B, T, d_v]
+            return output.index_add(-1, self._rows_on(output.device), change.to(output.dtype))
+
+        def run_layer(*args, **kwargs):
+            fresh = Tensor.clone
+            if wide_tail:  # DIFFERS 6: from here until the forward of the model returns
+                mode = now.tail.enter_context(_wider_precision((args, kwargs)))
+                for module in self._gathered:
+                    now.tail.enter_context(_unwidened_gathering(module, mode))
+                fresh = mode.widened
+            outputs = []
+            for now.shift in shifts:
+                # every copy has inputs of its own: a layer may write into them
+                outputs.append(layer_forward(*_map_tensors(fresh, args), **_map_tensors(fresh, kwargs)))
+            return _stacked(outputs)
+
+        def run_model(*args, **kwargs):
+            with ExitStack() as now.tail:
+                return model_forward(*args, **kwargs)
+
+        with (
+            ExitStack() as now.tail,  # in case that `losses` runs only a part of the model
+            self.module.register_forward_hook(add_perturbation),
+            _patched_forward(self.layer, run_layer),
+            _patched_forward(self.model, run_model),
+        ):
+            values = losses()
+        self._check_runs(now.runs, len(shifts))
+        return values
+
+    @cached_property
+    def _gathered(self) -> list[nn.Module]:
+        """Modules whose weights FSDP2 gathers; first asked for when probing, and wrapped by then."""
+        return [module for module in self.model.modules() if hasattr(module, "unshard")]
+
+    def _adapter(self) -> tuple[nn.Module, float] | None:
+        """(lora_A, scaling) of the active LoRA adapter, or None."""
+        active = [a for a in getattr(self.module, "active_adapters", ()) if a in getattr(self.module, "lora_A", ())]
+        if not active or self.module.disable_adapters or self.module.merged:
+            return None
+        return self.module.lora_A[active[0]], self.module.scaling[active[0]]
+
+    def _low_rank_input(self, x: Tensor) -> Tensor:
+        """What the probed matrix multiplies: scaling * lora_A(x) [B, T, r], or x itself [B, T, d_in]."""
+        if adapter := self._adapter():
+            lora_a, scaling = adapter
+            return lora_a(x.to(lora_a.weight.dtype)) * scaling
+        return x
+
+    def _rows_on(self, device) -> Tensor:
+        self.rows = self.rows.to(device)  # moves once
+        return self.rows
+
+    @contextmanager
+    def _tail_as_written(self):
+        """Run the projection's layer and those behind it uncompiled: compiled code ignores hooks that came later."""
+        with ExitStack() as stack:
+            for layer in (self.layer, *self.layers_behind):
+                stack.enter_context(_uncompiled(layer))
+            yield
+
+    def _check_runs(self, runs: int, expected: int) -> None:
+        """A projection that never ran would give zeros, and one that ran twice half of its gradient."""
+        if runs != expected:
+            raise RuntimeError(
+                f"{self.name} ran {runs} times where {expected} were expected: this model can't be probed there, "
+                "name another projection with --probe_module"
+            )
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            for caution in self.found.cautions:
+                warnings.warn(caution, stacklevel=4)  # at the caller of `spsa`, behind no_grad's wrapper
+        self._warned = True
 
 
 # ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
@@ -332,231 +534,506 @@ def k_means(
     return of_all_rows(owner)
 
 
-# ------------------------------------------------------------------------------------------ per-example losses, plainly
+# --------------------------------------------------------------------------------------- finding V by running the model
 
 
-def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """L_i = mean of -log p over example i's supervised tokens, [C, B] in nats, in one `model(...)`.
+class VProjection(NamedTuple):
+    """Where a model's last V projection is and what it can be used for, as `find_v_projection` learned.
 
-    `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
-    where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
-    """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    logits = model(**inputs, use_cache=False).logits  # [C * B, T, V]
-    labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
-    copies = len(logits) // len(labels)
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
-    sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
-    return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
-
-
-def spsa_gradients(derivatives: Tensor, z: Tensor) -> Tensor:
-    """g_i = mean over directions of derivative_ik z_k (Eq. 6): [n, directions] and [directions, ...] -> [n, D]."""
-    return derivatives @ z.flatten(1) / len(z)
-
-
-# ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
-
-
-class VProjectionProbe:
-    """Per-example signal of the last layer's V projection: LoRA's B [d_v, r] if it has an adapter, else W [d_v, d_in].
-
-    Both probes are hooks inside an ordinary call of the model, so they work for any architecture and under any wrapper
-    that lets the model's own modules run (DDP: pass the inner module; FSDP2: the wrapped model). Weights are never
-    written. Call them with the model in evaluation mode: dropout would be noise in the signal.
-
-    `module_name` names the projection where it can't be found; all its outputs then count as V.
+    A plain value: one process can learn it before the weights are sharded, and send it to all others.
     """
 
-    SEPARATE = ("v_proj", "value", "v_lin")
-    STACKED = ("qkv_proj", "Wqkv", "c_attn")  # rows [q | k | v]; c_attn is a Conv1D with the same output order
-    PER_HEAD = ("query_key_value",)  # GPT-NeoX: rows [q k v] of head 0, then of head 1, ...
+    name: str  # of the linear projection, as in model.named_modules()
+    layer: str  # of the decoder layer around it
+    rows: tuple[int, ...]  # its output channels that are V, d_v of them
+    d_in: int  # its input width
+    before: int  # so many layers, from the first on, need not run again for another perturbed copy
+    stackable: bool = True  # perturbed copies can travel together behind the layer
+    wide: bool = True  # what follows the projection runs in the next wider precision
+    cautions: tuple[str, ...] = ()  # what makes SPSA doubtful on this model; the exact probe is not concerned
 
-    def __init__(self, model: nn.Module, module_name: str | None = None):
-        self.model, modules = model, dict(model.named_modules())
-        known = self.SEPARATE + self.STACKED + self.PER_HEAD
-        if module_name is None:
-            found = [name for name in modules if name.rpartition(".")[2] in known]
-        else:
-            found = [name for name in modules if name == module_name or name.endswith("." + module_name)]
-        if not found:
-            raise ValueError(self._candidates(model, f"no module named {module_name or ' or '.join(known)}"))
-        self.name = found[-1]
-        self.module = modules[self.name]
-        self.layer_name, self.layers = self._enclosing_layer(modules, self.name)
-        self.layer = modules[self.layer_name]
-        if self.layer is not self.layers[-1]:
-            raise ValueError(self._candidates(model, f"{self.name} is not in the last decoder layer"))
-        last = max(i for i, name in enumerate(modules) if name.startswith(self.layer_name + "."))
-        after = [*self.layer.modules(), *list(modules.values())[last + 1 :]]  # its own, the final norm and the head
-        self.tail = [m for m in after if next(m.parameters(recurse=False), None) is not None]
-        weight = self._weight(self.module)
-        conv1d = type(getattr(self.module, "base_layer", self.module)).__name__ == "Conv1D"  # weight [d_in, d_out]
-        d_out, d_in = weight.shape[::-1] if conv1d else weight.shape
-        self.rows = self._v_rows(model, d_out, explicit=module_name is not None)  # [d_v] output channels
-        adapter = self._adapter()
-        self.shape = (len(self.rows), adapter[0].weight.shape[0] if adapter else d_in)  # z and G of one example
-        self.dims = math.prod(self.shape)
 
-    @staticmethod
-    def _weight(module: nn.Module) -> Tensor:
+class Unprobed(Exception):
+    """Why a projection can't be found or probed."""
+
+
+TRIAL_ROWS, TRIAL_TOKENS = 2, 11  # with one row, B rows and C copies of one could not be told apart
+
+
+def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProjection:
+    """Run two short rows and see which output channels of which linear projection become the value of attention.
+
+    Names and layouts differ without end (fused [q k v], [q v k] in blocks, per head, per group, latent), so none is
+    looked up. In one forward the output of every linear projection is cut off from what made it and becomes a leaf of
+    autograd. The last attention whose *value* depends on a leaf has found V: its rows are the channels with a gradient,
+    whatever was done to them on the way (split, repeated, normalised). Projections that never run, as those of
+    cross-attention without an encoder, and layers without attention drop out by themselves.
+
+    Channels that reach the query or the key too are refused, and so is a model without any softmax attention, unless
+    `module_name` names the projection. More runs then try both probes: `_try_both_probes`.
+    """
+    projections = _linear_projections(model)
+    named = projections
+    if module_name is not None:
+        matches = [m for name, m in model.named_modules() if name == module_name or name.endswith("." + module_name)]
+        named = projections.intersection(matches)
+        if not matches:
+            raise ValueError(_candidates(model, f"no module is named {module_name}"))
+        if not named:
+            kind = type(matches[-1]).__name__
+            raise ValueError(f"{module_name} is a {kind} with no weight matrix: name a linear projection")
+    try:
+        with _trial(model) as batch:
+            ran = _run_with_leaves(model, batch, projections)
+            module, rows = _choose_projection(ran, named, whole=module_name is not None)
+            found = _describe(model, ran, module, rows)
+            return _try_both_probes(model, found, batch)
+    except Unprobed as problem:
+        raise ValueError(_candidates(model, str(problem))) from None
+    except Exception as error:  # of the model: it wants images, another package, a longer row
+        problem = f"a forward of {TRIAL_ROWS} short rows fails with {type(error).__name__}: {_first_line(error)}"
+        raise ValueError(_candidates(model, problem)) from error
+
+
+def _describe(model: nn.Module, ran: _Ran, module: nn.Module, rows: list[int]) -> VProjection:
+    """The projection and its layer by name, after checking that a hook on it sees every token once."""
+    modules = dict(model.named_modules())
+    name = next(name for name, m in modules.items() if m is module)
+    if ran.calls[module] != 1:
+        raise Unprobed(f"{name} runs {ran.calls[module]} times in one forward")
+    shape = ran.inputs[module]
+    if shape[0] != TRIAL_ROWS or math.prod(shape[1:-1]) != max(shape[1:-1], default=0):
+        raise Unprobed(f"{name} gets an input of {tuple(shape)} where [rows, tokens, width] is expected")
+    layer = _enclosing_layer(name, modules)
+    layers = modules[layer.rpartition(".")[0]]
+    before = [*layers].index(modules[layer])
+    if any(ran.calls[earlier] > 1 for earlier in layers[:before]):
+        before = 0  # what a layer returned in one round of a loop must not be taken for another round's
+    return VProjection(name, layer, tuple(rows), shape[-1], before)
+
+
+def _linear_projections(model: nn.Module) -> set[nn.Module]:
+    """Modules with a weight matrix, PEFT's wrappers in place of what they wrap."""
+    projections, inside = set(), set()
+    for module in model.modules():
         weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if weight is None or weight.dim() != 2:
-            raise ValueError(f"{type(module).__name__} has no weight matrix: name a linear projection")
-        return weight
-
-    @staticmethod
-    def _enclosing_layer(modules: Mapping[str, nn.Module], name: str) -> tuple[str, nn.ModuleList]:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            if isinstance(layers := modules[".".join(parts[:end])], nn.ModuleList):
-                return ".".join(parts[: end + 1]), layers
-        raise ValueError(f"{name} lies in no nn.ModuleList of decoder layers: name a projection that does")
-
-    @staticmethod
-    def _candidates(model: nn.Module, problem: str) -> str:
-        names = [n for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
-        names = [n for n in names if "lora_" not in n and not n.endswith("base_layer")]
-        last = [n for n in names if any(part.isdigit() for part in n.split("."))][-12:]
-        return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
-
-    def _v_rows(self, model: nn.Module, d_out: int, explicit: bool) -> Tensor:
-        """Output channels that are V, [d_v]."""
-        leaf = self.name.rpartition(".")[2]
-        rows = torch.arange(d_out)
-        if leaf in self.SEPARATE or (explicit and leaf not in self.STACKED + self.PER_HEAD):
-            return rows
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if leaf in self.STACKED and d_out == (heads + 2 * kv_heads) * head_dim:
-            return rows[-kv_heads * head_dim :]
-        if leaf in self.PER_HEAD and model.config.model_type == "gpt_neox" and d_out == 3 * heads * head_dim:
-            return rows.view(heads, 3, head_dim)[:, 2].flatten()
-        raise ValueError(self._candidates(model, f"{self.name} has {d_out} outputs in an unknown layout"))
-
-    def _rows_on(self, device) -> Tensor:
-        self.rows = self.rows.to(device)  # moves once
-        return self.rows
-
-    def _adapter(self) -> tuple[nn.Module, float] | None:
-        """(lora_A, scaling) of the active LoRA adapter, or None."""
-        active = [a for a in getattr(self.module, "active_adapters", ()) if a in getattr(self.module, "lora_A", ())]
-        if not active or self.module.disable_adapters or self.module.merged:
-            return None
-        return self.module.lora_A[active[0]], self.module.scaling[active[0]]
-
-    def _low_rank_input(self, x: Tensor) -> Tensor:
-        """What the probed matrix multiplies: scaling * lora_A(x) [B, T, r], or x itself [B, T, d_in]."""
-        if adapter := self._adapter():
-            lora_a, scaling = adapter
-            return lora_a(x.to(lora_a.weight.dtype)) * scaling
-        return x
-
-    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """Exact per-example gradients of the probed matrix, [n, D], by one backward pass through the last layer's tail.
-
-        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
-        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end. Autograd runs from the V
-        projection onward: its output becomes a leaf, delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T:
-        Eq. 6 for many directions.   # DIFFERS 5
-        """
-        taped: list[Tensor] = []
-
-        def make_leaf(module, args, output):
-            low = self._low_rank_input(args[0])  # [B, T, r]
-            torch.set_grad_enabled(True)  # until the no_grad block below ends
-            rows = self._rows_on(output.device)
-            leaf = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
-            taped.extend((low, leaf))
-            return output.index_copy(-1, rows, leaf)
-
-        with torch.no_grad(), _uncompiled(self.layer), ExitStack() as stack:
-            stack.callback(self.module.register_forward_hook(make_leaf).remove)
-            loss = losses().sum()
-            low, leaf = taped
-            (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
-        low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
-        dtype = torch.promote_types(low.dtype, torch.float32)
-        return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
-
-    @torch.no_grad()
-    def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
-        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
-
-        `z` is [n, d_v, r]. The layers before the last run once; the last layer runs once per signed direction with
-        eps scaling lora_A(x) z^T added to its V, and the copies travel together through the final norm and the head.
-        `wide_tail` runs that tail in the next wider precision (bf16 -> float32 -> float64): in the model's own, the
-        difference of two nearly equal losses is mostly rounding.   # DIFFERS 6
-        """
-        signed = torch.cat([eps * z, -eps * z])  # [2n, d_v, r]
-        layer_forward, state = self.layer.forward, {}
-
-        def add_perturbation(module, args, output):
-            low = self._low_rank_input(args[0])  # [B, T, r]
-            shift = low @ state["z"].to(low.dtype).T  # [B, T, d_v]
-            return output.index_add(-1, self._rows_on(output.device), shift.to(output.dtype))
-
-        def run_copies(hidden, *args, **kwargs):
-            state["dtype"] = _wider(hidden) if wide_tail else hidden.dtype
-            outputs = []
-            with _no_narrowing(state["dtype"], hidden.device.type) if wide_tail else nullcontext():
-                for state["z"] in signed:
-                    out = layer_forward(hidden.to(state["dtype"]), *args, **kwargs)
-                    outputs.append(out if isinstance(out, Tensor) else out[0])
-            stacked = torch.cat(outputs)  # [2n * B, T, d]
-            return stacked if isinstance(out, Tensor) else (stacked, *out[1:])
-
-        with _uncompiled(self.layer), ExitStack() as stack:
-            stack.callback(self.module.register_forward_hook(add_perturbation).remove)
-            stack.enter_context(_patched_forward(self.layer, run_copies))
-            for leaf in self.tail if wide_tail else ():
-                stack.enter_context(_patched_forward(leaf, _forward_in(state, leaf)))
-            plus, minus = losses().chunk(2)  # [n, B] each
-        return (plus - minus).T / (2 * eps)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            projections.add(module)
+        if hasattr(module, "base_layer"):
+            inside.update(child for child in module.modules() if child is not module)
+    return projections - inside
 
 
-def _wider(x: Tensor) -> torch.dtype:
-    """The precision after the one that is computed in: autocast's, or the tensor's own."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+def _enclosing_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The member of the outermost nn.ModuleList on the way to module `name`: experts have lists of their own."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(modules[".".join(parts[:end])], nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    raise Unprobed(f"{name} lies in no nn.ModuleList of decoder layers")
 
 
-def _forward_in(state: dict, module: nn.Module) -> Callable:
-    """The module's forward with inputs and its own parameters in state["dtype"], outside autocast."""
-    forward = module.forward
-
-    def wide(x, *args, **kwargs):
-        own = dict(module._parameters)
-        module._parameters.update({k: None if p is None else p.detach().to(state["dtype"]) for k, p in own.items()})
-        try:
-            with _no_narrowing(state["dtype"], x.device.type):
-                return forward(x.to(state["dtype"]), *args, **kwargs)
-        finally:
-            module._parameters.update(own)
-
-    return wide
-
-
-class _InFloat64(TorchFunctionMode):
-    """Asked for float32, gives float64: RMSNorm and eager attention work in float32 whatever comes in."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def widened(x):
-            return torch.float64 if x is torch.float32 else x
-
-        func = Tensor.double if func is Tensor.float else func
-        return func(*map(widened, args), **{name: widened(x) for name, x in (kwargs or {}).items()})
+def _candidates(model: nn.Module, problem: str) -> str:
+    projections = _linear_projections(model)
+    names = [name for name, module in model.named_modules() if module in projections]
+    last = [name for name in names if any(part.isdigit() for part in name.split("."))][-12:]
+    return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
 
 
 @contextmanager
-def _no_narrowing(dtype: torch.dtype, kind: str):
-    """Outside autocast, and without modules' own casts to a precision below `dtype`."""
-    with torch.autocast(kind, enabled=False), _InFloat64() if dtype == torch.float64 else nullcontext():
+def _trial(model: nn.Module):
+    """Evaluation mode for a few forwards of a batch as `example_losses` takes it, which the block gets."""
+    training = [module for module in model.modules() if module.training]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embedding = model.get_input_embeddings().weight
+    first = 5  # ids before it are special tokens in most vocabularies
+    ids = torch.arange(first, first + TRIAL_ROWS * TRIAL_TOKENS, device=embedding.device) % len(embedding)
+    ids = ids.view(TRIAL_ROWS, TRIAL_TOKENS)
+    model.eval().requires_grad_(False)  # only what depends on a leaf needs a gradient then
+    # a base in half precision with adapters in float32 runs under autocast, and the caller may not have entered it yet
+    half = [p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        with torch.autocast(ids.device.type, half[0]) if half else nullcontext():
+            yield {"input_ids": ids, "labels": ids}
+    finally:
+        for module in training:
+            module.training = True
+        for p in trained:
+            p.requires_grad_()
+
+
+class _Attention(NamedTuple):
+    """The tensors of one attention call."""
+
+    value: Tensor
+    others: tuple[Tensor, ...]  # query and key, or the probabilities made of them
+
+
+class _Ran(NamedTuple):
+    """What one forward showed."""
+
+    attentions: list[_Attention]
+    leaves: dict[nn.Module, Tensor]  # output of each projection, in the order of running
+    inputs: dict[nn.Module, torch.Size]  # input shape of each projection
+    calls: dict[nn.Module, int]  # how often each module ran
+
+
+def _run_with_leaves(model: nn.Module, batch: Mapping[str, Tensor], projections: set[nn.Module]) -> _Ran:
+    ran = _Ran([], {}, {}, {module: 0 for module in model.modules()})
+
+    def observe(module, args, output):
+        ran.calls[module] += 1
+        if module not in projections or not isinstance(output, Tensor) or not args:
+            return None
+        ran.leaves[module] = leaf = output.detach().requires_grad_()
+        ran.inputs[module] = args[0].shape
+        return leaf.clone()  # models add to a projection's output in place, which a leaf does not allow
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_uncompiled(module))
+            stack.callback(module.register_forward_hook(observe).remove)
+        with _AttentionWatch(ran.attentions):
+            model(input_ids=batch["input_ids"], use_cache=False)
+    return ran
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Notes the value of every attention: that of `scaled_dot_product_attention`, or what a softmax is multiplied with.
+
+    Attention written out reads matmul(softmax(q k^T), v), with dropout, casts and slices between the two. Experts use a
+    softmax, too; that of attention is square over the tokens.
+    """
+
+    PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
+    KEEP_PROBABILITIES = (
+        *("dropout", "to", "type_as", "type", "float", "half", "bfloat16", "contiguous", "clone", "nan_to_num"),
+        *("__getitem__", "view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "flatten"),
+        *("masked_fill", "mul", "__mul__", "where"),
+    )
+
+    def __init__(self, attentions: list[_Attention]):
+        super().__init__()
+        self.attentions = attentions
+        self.probabilities: dict[int, Tensor] = {}  # by id; kept alive, or another tensor could get the same id
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            named = [kwargs[key] for key in ("query", "key", "value") if key in kwargs]
+            query, key, value = [*args[:3], *named]
+            self.attentions.append(_Attention(value, (query, key)))
+        elif name in self.PRODUCTS:
+            self._note_product([x for x in _flat(args) if isinstance(x, Tensor)])
+        elif name == "softmax" or (name in self.KEEP_PROBABILITIES and any(map(self._is_probability, args))):
+            self.probabilities[id(out)] = out
+        return out
+
+    def _is_probability(self, x) -> bool:
+        return id(x) in self.probabilities
+
+    def _note_product(self, factors: list[Tensor]) -> None:
+        if len(factors) != 2:
+            return
+        for weights, value in (factors, factors[::-1]):
+            if self._is_probability(weights) and weights.shape[-1] == weights.shape[-2] >= TRIAL_TOKENS:
+                self.attentions.append(_Attention(value, (weights,)))
+                return
+
+
+def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[nn.Module, list[int]]:
+    """The one among `named` whose channels become the value of the last attention, and these channels.
+
+    Where none does, or only channels that are query or key as well, all channels of the last that ran if `whole`.
+    """
+    modules = [module for module in ran.leaves if module in named]  # in the order of running
+    modules.sort(key=lambda module: ran.calls[module] == 1)  # a stable sort: those that run once come last
+    leaves = [ran.leaves[module] for module in modules]
+    problem = f"none of {len(modules)} projections becomes the value of a softmax attention"
+    for attention in reversed(ran.attentions):
+        in_value = _channels_reaching((attention.value,), leaves)
+        if not any(channels.any() for channels in in_value):
+            continue
+        in_others = _channels_reaching(attention.others, leaves)
+        for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
+            if value.any() and not (value & others).any():
+                return module, value.nonzero()[:, 0].tolist()
+        problem = "the channels that become the value of the last attention become its query or key, too"
+        break
+    if not modules:
+        raise Unprobed("what was named does not run in a forward of text alone")
+    if not whole:
+        raise Unprobed(problem)
+    return modules[-1], [*range(leaves[-1].shape[-1])]
+
+
+def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+    """Which last-dimension channels of each leaf the tensors depend on, bool [d_out] each."""
+    reached = [torch.zeros(leaf.shape[-1], dtype=torch.bool, device=leaf.device) for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+    for x in tensors:
+        if not x.requires_grad:
+            continue
+        # a random weighted sum: that the contributions of a channel cancel has probability 0
+        weights = torch.randn(x.shape, generator=generator).to(x)  # our own generator: training must not notice
+        gradients = torch.autograd.grad(x, leaves, weights, retain_graph=True, allow_unused=True)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                reached[i] |= (gradient != 0).flatten(0, -2).any(0)
+    return reached
+
+
+TOO_FAR = 0.1  # half precision moves the exact derivative by up to 0.05
+FLIPS = (
+    "V reaches a top-k choice (of experts): a perturbation flips choices, and SPSA's differences measure these jumps "
+    "more than the derivative: use --probe grad"
+)
+NARROW = (
+    "SPSA's perturbed part can't run in a wider precision on this model ({problem}), and in the model's own the "
+    "difference of nearly equal losses is mostly rounding: use --probe grad"
+)
+FAILS = "SPSA fails on this model ({problem}): use --probe grad"
+DEPARTS = "on two short rows SPSA departs {share:.0%} from the exact derivative on this model: use --probe grad"
+
+
+def _try_both_probes(model: nn.Module, found: VProjection, batch: Mapping[str, Tensor]) -> VProjection:
+    """`found` with what the two probes can do on this model: `before`, `stackable`, `wide` and `cautions`."""
+    layers = model.get_submodule(found.layer.rpartition(".")[0])
+
+    def losses() -> Tensor:
+        return example_losses(model, batch)
+
+    with _remembered(layers[: found.before]):  # the layers before run once for all that follows
+        probe = VProjectionProbe(model, found=found)
+        with _ChoiceWatch() as choices:
+            gradients = probe.gradients(losses)  # [B, D]
+        z = torch.randn(1, *probe.shape, generator=torch.Generator().manual_seed(0)).to(gradients)
+
+        def spsa(**changes) -> Tensor:
+            return VProjectionProbe(model, found=found._replace(**changes)).spsa(losses, z)[:, 0]  # [B]
+
+        # one copy at a time asks least of a model: it is the measure for copies that travel together
+        wide, cautions = True, []
+        singly, problem = _attempt(spsa, stackable=False)
+        if singly is None:
+            wide, cautions = False, [NARROW.format(problem=problem)]
+            singly, problem = _attempt(spsa, stackable=False, wide=False)
+        together, _ = _attempt(spsa, stackable=True, wide=wide)
+
+    departs = math.inf
+    if singly is not None:  # relative to the gradients' size: <G, z> itself may happen to be small
+        departs = float((singly - gradients @ z.flatten()).norm() / gradients.norm())
+    if found.before and (singly is None or (departs > TOO_FAR and not choices.depend_on_v)):
+        # layers hand something to later ones beside their output (Gemma 3n: keys and values): run all of them each time
+        return _try_both_probes(model, found._replace(before=0), batch)
+    if singly is None:
+        return found._replace(cautions=(FAILS.format(problem=problem),))
+    if choices.depend_on_v:
+        cautions.append(FLIPS)
+    elif wide and departs > TOO_FAR:
+        cautions.append(DEPARTS.format(share=departs))
+    stackable = together is not None and torch.allclose(together, singly, rtol=1e-2, atol=1e-6, equal_nan=True)
+    return found._replace(stackable=stackable, wide=wide, cautions=tuple(cautions))
+
+
+def _attempt(spsa: Callable[..., Tensor], **changes) -> tuple[Tensor | None, str]:
+    """What `spsa` returns, or None and what it raised: kernels and reshapes fail with errors of every type."""
+    try:
+        return spsa(**changes), ""
+    except Exception as error:
+        return None, _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
+
+
+class _ChoiceWatch(TorchFunctionMode):
+    """Whether a discrete choice depends on V: autograd runs from V onward, so that its input then needs a gradient."""
+
+    depend_on_v = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        chooses = getattr(func, "__name__", "") in ("topk", "argmax")
+        if chooses and isinstance(args[0], Tensor) and args[0].requires_grad:
+            self.depend_on_v = True
+        return func(*args, **(kwargs or {}))
+
+
+# -------------------------------------------------------------------- running part of a model again, in wider precision
+
+
+@contextmanager
+def _wider_precision(inputs):
+    """Compute in the next wider precision until the block ends; yields the mode that sees to it.
+
+    The next wider one is that after autocast's, or after that of the first floating tensor in `inputs`.
+    """
+    floating = [x for x in _flat(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+    kind, dtype = floating[0].device.type, floating[0].dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+    mode = _Wider(dtype)
+    with torch.autocast(kind, enabled=False), mode:
+        yield mode
+
+
+@contextmanager
+def _unwidened_gathering(module: nn.Module, mode: _Wider):
+    """Keep `mode` out of FSDP's hooks around the forward of `module`, and FSDP's casts out of the wide tail.
+
+    In these hooks FSDP gathers weights, which the mode would widen for good, and casts inputs to the precision of the
+    weights, which would undo the mode.
+    """
+
+    def suspended(hook: Callable) -> Callable:
+        def run(*args):
+            mode.suspended = True
+            try:
+                return hook(*args)
+            finally:
+                mode.suspended = False
+
+        return run
+
+    def with_inputs_kept(hook: Callable) -> Callable:
+        def run(module, args, kwargs):
+            hook(module, args, kwargs)
+            return args, kwargs
+
+        return run
+
+    replaced = []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            if not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                continue
+            replaced.append((hooks, key, hook))
+            hooks[key] = suspended(hook)
+            if hooks is module._forward_pre_hooks:
+                hooks[key] = with_inputs_kept(hooks[key])
+    try:
         yield
+    finally:
+        for hooks, key, hook in replaced:
+            hooks[key] = hook
+
+
+class _Wider(TorchFunctionMode):
+    """Every operation gets its floating inputs in `dtype`: weights, buffers, masks, biases, whoever owns them.
+
+    Modules cast to float32 (norms, softmax), to a weight's dtype or to that of their input. Here all of these mean
+    `dtype`: where a narrower precision is asked for, it is given instead.
+    """
+
+    IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.suspended = False
+
+    def is_narrow(self, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize
+
+    def widened(self, x):
+        if isinstance(x, Tensor) and self.is_narrow(x.dtype):
+            return x.to(self.dtype)
+        if isinstance(x, torch.dtype) and self.is_narrow(x):
+            return self.dtype
+        if type(x) in (tuple, list):
+            return type(x)(map(self.widened, x))
+        return x
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if self.suspended or "out" in kwargs:
+            return func(*args, **kwargs)
+        if name == "__get__":  # an attribute: only x.dtype matters, and nothing need be copied for it
+            value = func(*args)
+            return self.widened(value) if func == Tensor.dtype.__get__ else value
+        if name in ("float", "half", "bfloat16"):
+            return args[0].to(self.dtype)
+        if name in self.IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            # the target must stay the tensor that it is, and takes values of its own precision
+            target, *rest = args
+            return func(target, *(self._like(target, x) for x in rest), **kwargs)
+        kwargs = {key: self.widened(value) for key, value in kwargs.items()}
+        if name == "full":
+            kwargs.setdefault("dtype", self.dtype)  # the least float64 does not fit in the default float32
+        if name in ("grouped_mm", "_grouped_mm"):
+            func = _grouped_product  # experts: the kernel has no float64, and on some devices no float32
+        return self.widened(func(*map(self.widened, args), **kwargs))
+
+    def _like(self, target: Tensor, x):
+        if isinstance(x, Tensor) and x.is_floating_point() and target.is_floating_point():
+            return x.to(target.dtype)
+        return x
+
+
+def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor, **_) -> Tensor:
+    """Rows offs[e - 1]..offs[e] of x [S, d_in] times weights[e] [d_in, d_out], zero beyond the last."""
+    out = x.new_zeros(len(x), weights.shape[-1])
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        out[start:end] = x[start:end] @ weights[expert].to(x.dtype)
+        start = end
+    return out
+
+
+@contextmanager
+def _remembered(layers):
+    """These layers run once; in every later forward they return what they returned then."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_patched_forward(layer, _first_result(layer.forward)))
+            stack.enter_context(_uncompiled(layer))
+        yield
+
+
+def _first_result(forward: Callable) -> Callable:
+    results: list = []
+
+    def run(*args, **kwargs):
+        if not results:
+            results.append(forward(*args, **kwargs))
+        return _map_tensors(Tensor.clone, results[0])  # the layers behind may write into it
+
+    return run
+
+
+def _stacked(outputs: list):
+    """Hidden states of all copies [C * B, T, d], with what else the last copy's layer returned."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)
+    hidden = torch.cat([out[0] for out in outputs])
+    return (hidden, *outputs[-1][1:])
+
+
+def _map_tensors(function: Callable, x):
+    """`x` with `function` of every tensor in it."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (tuple, list):
+        return type(x)(_map_tensors(function, item) for item in x)
+    if type(x) is dict:
+        return {key: _map_tensors(function, item) for key, item in x.items()}
+    return x
+
+
+def _flat(x) -> list:
+    """The leaves of nested tuples, lists and dictionaries."""
+    if isinstance(x, (tuple, list)):
+        return [leaf for item in x for leaf in _flat(item)]
+    if isinstance(x, dict):
+        return _flat([*x.values()])
+    return [x]
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -71,7 +71,9 @@ from colm_batches import (
 )
 from colm_core import (
     AdamMoments,
+    VProjection,
     VProjectionProbe,
+    find_v_projection,
     k_means,
     one_process,
     select_coreset,
@@ -254,7 +256,7 @@ class Run:
     model: torch.nn.Module  # as prepared: what training calls
     optimizer: torch.optim.Optimizer
     scheduler: object
-    probe: VProjectionProbe
+    probe: VProjectionProbe | None  # None where --selection needs none
     labelled_logits: LabelledLogits
     moments: AdamMoments
     trained: list[torch.nn.Parameter]
@@ -1157,14 +1159,28 @@ def make_accelerator(args) -> Accelerator:
     return accelerator
 
 
+def find_probe(args, accelerator: Accelerator, model) -> VProjection | None:
+    """The last V projection, as the main process finds it: under FSDP2 the others may hold no weights yet."""
+    if args.selection != "colm":
+        return None
+    found, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            found = find_v_projection(model, args.probe_module)
+        except ValueError as error:
+            problem = str(error)
+    if accelerator.num_processes > 1:
+        found, problem = broadcast_object_list([found, problem])
+    if problem:
+        raise UserError(problem)
+    return found
+
+
 def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run:
     """Wrap the model for its devices and put probe, optimizer and schedule around it."""
     import transformers
 
-    try:
-        VProjectionProbe(model, args.probe_module)  # before anything is wrapped or written
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    found = find_probe(args, accelerator, model)  # before anything is wrapped or written
     data = [rows for rows in (train, held_out) if rows]
     check_fits(args, model, tokenizer, data)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -1178,7 +1194,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     labelled_logits = LabelledLogits(accelerator.unwrap_model(model))
     run = Run(
         *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
-        probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
+        probe=VProjectionProbe(accelerator.unwrap_model(model), found=found) if found else None,
         labelled_logits=labelled_logits,
         moments=AdamMoments(optimizer.defaults["betas"]),
         trained=[p for p in model.parameters() if p.requires_grad],
@@ -1220,8 +1236,19 @@ def compile_layers(run: Run) -> None:
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
     run.labelled_logits.kernels = LossKernels.compiled()
-    for layer in run.probe.layers:
+    for layer in decoder_layers(run):
         layer.compile(dynamic=True)
+
+
+def decoder_layers(run: Run) -> torch.nn.ModuleList:
+    """The list of a model's decoder layers."""
+    if run.probe is not None:
+        return run.probe.layers
+    count = run.inner.config.get_text_config().num_hidden_layers
+    for module in run.modules:  # the outermost comes first: experts have lists of their own
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"--compile finds no list of {count} decoder layers in this model: drop the flag")
 
 
 # --------------------------------------------------------------------------------------------------- clocks and records

@@ -1,6 +1,8 @@
 """VProjectionProbe against autograd and in-place perturbation in float64, on every layout of the V projection."""
 
 import copy
+import pickle
+import warnings
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -11,17 +13,22 @@ import transformers
 from models import KINDS, VOCAB, tiny_model, v_rows
 from torch import Tensor, nn
 
-import colm_core
-from colm_core import LabelledLogits, VProjectionProbe, collate, example_losses, pack
+import colm_batches
+from colm_batches import LabelledLogits, collate, micro_batch_losses, pack
+from colm_core import VProjectionProbe, example_losses, find_v_projection
 
 SIZES = [(9, 3), (5, 1), (14, 6), (7, 0), (3, 2)]  # (tokens, prompt)
 DIRECTIONS = 3
 EVERY_MODEL = pytest.mark.parametrize(("kind", "lora"), [(kind, lora) for kind in KINDS for lora in (True, False)])
 
 
-def examples(sizes=SIZES) -> list[tuple[Tensor, int]]:
+def examples(sizes=SIZES) -> list[tuple[Tensor, Tensor]]:
+    """Token ids [T] and which of them are supervised: all behind the prompt, but never the first."""
     g = torch.Generator().manual_seed(3)
-    return [(torch.randint(0, VOCAB, (n,), generator=g), prompt) for n, prompt in sizes]
+    rows = []
+    for tokens, prompt in sizes:
+        rows.append((torch.randint(0, VOCAB, (tokens,), generator=g), torch.arange(tokens) >= max(prompt, 1)))
+    return rows
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -45,7 +52,7 @@ class Probed:
 
     def losses(self, rows, **options):
         batch = collate(rows, **options)
-        return lambda: example_losses(self.model, self.hook, batch)
+        return lambda: micro_batch_losses(self.model, self.hook, batch)
 
     def gradients(self, rows, **options) -> Tensor:
         return self.probe.gradients(self.losses(rows, **options))
@@ -57,10 +64,10 @@ class Probed:
         return torch.randn(n, *self.probe.shape, generator=torch.Generator().manual_seed(4))
 
 
-def plain_loss(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
+def plain_loss(model: nn.Module, ids: Tensor, supervised: Tensor) -> Tensor:
     """Mean loss of one example alone, from the model's full logits: no batch, no hook, no chunk."""
-    first = max(prompt, 1)
-    return F.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1], ids[first:])
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]  # [T, V]
+    return F.cross_entropy(logits[:-1][supervised[1:]], ids[supervised])
 
 
 class Reference:
@@ -74,8 +81,8 @@ class Reference:
 
     def gradients(self, examples) -> Tensor:
         out = []
-        for ids, prompt in examples:
-            (g,) = torch.autograd.grad(plain_loss(self.model, ids, prompt), self.weight)
+        for ids, supervised in examples:
+            (g,) = torch.autograd.grad(plain_loss(self.model, ids, supervised), self.weight)
             out.append((g.T if self.transposed else g)[self.rows].flatten())
         return torch.stack(out)
 
@@ -87,8 +94,8 @@ class Reference:
             for sign in (1, -1):
                 self.weight.copy_(original)
                 (self.weight.T if self.transposed else self.weight)[self.rows] += sign * eps * direction
-                for i, (ids, prompt) in enumerate(examples):
-                    out[i, k] += sign * plain_loss(self.model, ids, prompt) / (2 * eps)
+                for i, (ids, supervised) in enumerate(examples):
+                    out[i, k] += sign * plain_loss(self.model, ids, supervised) / (2 * eps)
         self.weight.copy_(original)
         return out
 
@@ -264,31 +271,31 @@ def test_layers_before_the_last_run_once():
 
 @pytest.fixture
 def packed_attention():
-    transformers.AttentionInterface.register("packed", colm_core.packed_attention)
+    transformers.AttentionInterface.register("packed", colm_batches.packed_attention)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mistral", "stablelm")])
 def test_packed_examples_give_what_padded_ones_give(packed_attention, kind):
     padded = Probed(in_float64(tiny_model(kind)))
-    packed = Probed(in_float64(tiny_model(kind, attn_implementation="packed")))
+    packed = Probed(in_float64(tiny_model(kind, attn_implementation="packed")), found=padded.probe.found)
     z = padded.directions(2).double()
     for rows, multiple, slots in ((examples(), 8, 4), (examples(SIZES[2:3]), 14, 1), (examples(SIZES[::-1]), 38, 32)):
         batch = pack(rows, longest=14, multiple=multiple, slots=slots)
 
         def losses(batch=batch):
-            return example_losses(packed.model, packed.hook, batch)
+            return micro_batch_losses(packed.model, packed.hook, batch)
 
         with torch.no_grad():
             assert error(losses(), padded.losses(rows)()) < 1e-12
-        assert error(packed.probe.gradients(losses, batch), padded.gradients(rows)) < 1e-12
+        assert error(packed.probe.gradients(losses, batch.per_example), padded.gradients(rows)) < 1e-12
         assert error(packed.probe.spsa(losses, z, 1e-3), padded.spsa(rows, z, 1e-3)) < 1e-9
 
 
-@pytest.mark.parametrize(("kind", "problem"), [("mistral", "sliding window of 6 tokens"), ("stablelm", "keep packed")])
-def test_packing_is_refused_where_examples_would_mix(packed_attention, kind, problem):
-    packed = Probed(tiny_model(kind, attn_implementation="packed"))
-    with pytest.raises(RuntimeError, match=f"{problem}.*--no-packing"):
-        example_losses(packed.model, packed.hook, pack(examples(), longest=14, multiple=1))
+def test_packing_is_refused_where_attention_does_not_learn_of_it(packed_attention):
+    found = VProjectionProbe(tiny_model("stablelm")).found
+    packed = Probed(tiny_model("stablelm", attn_implementation="packed"), found=found)
+    with pytest.raises(RuntimeError, match="--no-packing"):
+        micro_batch_losses(packed.model, packed.hook, pack(examples(), longest=14, multiple=1))
 
 
 # ------------------------------------------------------------------------------------------- what a probe leaves behind
@@ -373,7 +380,7 @@ def test_spsa_of_a_bfloat16_model_follows_the_exact_derivative(kind):
 
     def losses():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return example_losses(model, probed.hook, batch)
+            return micro_batch_losses(model, probed.hook, batch)
 
     derivatives = probed.probe.spsa(losses, z, 1e-3, wide_tail=True)
     rough = probed.probe.spsa(losses, z, 1e-3, wide_tail=False)
@@ -391,7 +398,7 @@ def test_autocast_counts_as_the_precision_that_the_tail_widens():
 
     def losses():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return example_losses(probed.model, probed.hook, batch)
+            return micro_batch_losses(probed.model, probed.hook, batch)
 
     derivatives = probed.probe.spsa(losses, probed.directions(), 1e-3)
     assert derivatives.dtype == torch.float32
@@ -434,9 +441,16 @@ def test_a_named_module_is_probed_whole(name):
     assert error(probed.spsa(examples(), z, 3e-2), truth.differences(examples(), z, 3e-2)) < 1e-4
 
 
-def test_a_projection_of_another_layer_is_refused():
-    with pytest.raises(ValueError, match="not in the last decoder layer.*such as .*v_proj"):
-        VProjectionProbe(tiny_model("llama"), module_name="layers.0.self_attn.v_proj")
+def test_a_projection_of_another_layer_can_be_named():
+    """The layers behind it run again for every copy; with an adapter in all of them the truth is another matrix."""
+    model = tiny_model("llama")
+    name = "base_model.model.model.layers.0.self_attn.v_proj"
+    truth = Reference(model, name, v_rows("llama"))
+    probed = Probed(model, module_name="layers.0.self_attn.v_proj")
+    z = probed.directions()
+    assert probed.probe.name == name
+    assert error(probed.gradients(examples()), truth.gradients(examples())) < 3e-6
+    assert error(probed.spsa(examples(), z, 1e-3), truth.differences(examples(), z, 1e-3)) < 3e-6
 
 
 def test_a_named_fused_module_is_still_probed_at_its_values():
@@ -445,40 +459,137 @@ def test_a_named_fused_module_is_still_probed_at_its_values():
 
 
 class Unknown(nn.Module):
-    """A model whose projections have names that nobody has heard of."""
+    """A causal model without attention, whose projections have names that nobody has heard of."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"wow": nn.Linear(4, 4), "mix": nn.Linear(4, 6)}) for _ in range(2))
-        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 9)
+        self.embed = nn.Embedding(VOCAB, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"wow": nn.Linear(4, 6), "mix": nn.Linear(6, 4)}) for _ in range(2))
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, VOCAB)
+        for block in self.blocks:
+            block.forward = partial(self.run_block, block)
+
+    @staticmethod
+    def run_block(block, x):
+        return x + block["mix"](block["wow"](x.cumsum(1)).tanh())
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return SimpleNamespace(logits=self.out(self.norm(x)))
 
 
-@pytest.mark.parametrize("module_name", [None, "v_projection"])
-def test_a_model_without_a_known_projection_is_refused_with_candidates(module_name):
-    with pytest.raises(ValueError, match=r"can't find the last V projection.*--probe_module.*blocks\.1\.mix") as caught:
-        VProjectionProbe(Unknown(), module_name)
-    assert (module_name or "v_proj or") in str(caught.value)
-    assert VProjectionProbe(Unknown(), "mix").shape == (6, 4)
+def test_a_model_without_attention_is_refused_with_candidates():
+    with pytest.raises(ValueError, match=r"none of 5 .*value of a softmax attention.*--probe_module.*blocks\.1\.mix"):
+        VProjectionProbe(Unknown())
+    with pytest.raises(ValueError, match=r"no module is named v_projection.*--probe_module.*blocks\.1\.mix"):
+        VProjectionProbe(Unknown(), "v_projection")
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options"),
-    [
-        ("bloom", {"n_head": 4, "n_layer": 2, "hidden_size": 32}),
-        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2}),
-    ],
-)
-def test_a_fused_projection_of_unknown_layout_is_refused_with_candidates(model_type, options):
-    config = transformers.AutoConfig.for_model(model_type, vocab_size=VOCAB, num_attention_heads=4, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="unknown layout.*--probe_module, such as .*query_key_value"):
-        VProjectionProbe(model)
+def test_a_named_projection_of_a_model_without_attention_is_probed_whole():
+    probe = VProjectionProbe(Unknown(), "wow")
+    assert probe.name == "blocks.1.wow" and probe.shape == (6, 4)
+    assert probe.found.cautions == () and probe.found.wide and probe.found.stackable
+
+
+def test_what_one_process_found_serves_another():
+    model = tiny_model("phi3")
+    probe = VProjectionProbe(model)
+    sent = pickle.loads(pickle.dumps(probe.found))
+    meta = copy.deepcopy(model).to("meta")  # a rank without weights
+    assert VProjectionProbe(meta, found=sent).shape == probe.shape
+    assert sent == find_v_projection(model) and sent.rows == tuple(v_rows("phi3"))
+
+
+class Reused(Unknown):
+    """A projection that runs twice in a forward."""
+
+    @staticmethod
+    def run_block(block, x):
+        return x + block["mix"](block["wow"](x).tanh() + block["wow"](x.cumsum(1)))
+
+
+def test_a_projection_that_runs_twice_is_refused():
+    with pytest.raises(ValueError, match=r"blocks\.1\.wow runs 2 times in one forward"):
+        VProjectionProbe(Reused(), "wow")
+
+
+def test_a_projection_that_no_longer_runs_is_an_error_and_not_zero():
+    probed = Probed(tiny_model("llama"))
+    probed.probe.layer.self_attn.v_proj = nn.Linear(32, 32)  # the probe still holds the one that was there
+    for probe in (probed.probe.gradients, lambda losses: probed.probe.spsa(losses, probed.directions())):
+        with pytest.raises(RuntimeError, match="v_proj ran 0 times where [16] were expected"):
+            probe(probed.losses(examples()))
+
+
+class Hard(Unknown):
+    """An operation that knows float32 alone, as kernels do."""
+
+    @staticmethod
+    def run_block(block, x):
+        y = block["mix"](block["wow"](x.cumsum(1)).tanh())
+        if y.dtype == torch.float64:
+            raise NotImplementedError("the kernel is not implemented for 'Double'")
+        return x + y
+
+
+def test_where_no_wide_tail_can_be_had_spsa_runs_in_the_models_own_precision_and_says_so():
+    model = Hard()
+    probe = VProjectionProbe(model, "wow")
+    assert not probe.found.wide
+
+    ids = examples([(9, 1)])[0][0][None]
+    z = torch.randn(2, *probe.shape, generator=torch.Generator().manual_seed(4))
+
+    with pytest.warns(UserWarning, match="can't run in a wider precision .*'Double'.*rounding.*--probe grad"):
+        derivatives = probe.spsa(lambda: example_losses(model, {"input_ids": ids, "labels": ids}), z, eps=1e-2)
+    exact = probe.gradients(lambda: example_losses(model, {"input_ids": ids, "labels": ids}))
+    assert error(derivatives, (exact @ z.flatten(1).T).double()) < 0.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once is enough
+        probe.spsa(lambda: example_losses(model, {"input_ids": ids, "labels": ids}), z, eps=1e-2)
+
+
+class Flipping(Unknown):
+    """A choice of the largest of four numbers that V decides: experts without their weight."""
+
+    @staticmethod
+    def run_block(block, x):
+        y = block["mix"](block["wow"](x.cumsum(1)).tanh())
+        return x + y * F.one_hot(y.topk(1).indices[..., 0], 4)
+
+
+def test_spsa_warns_of_choices_that_v_decides():
+    with pytest.warns(UserWarning, match="top-k choice.*flips.*--probe grad"):
+        model = Flipping()
+        ids = examples([(9, 1)])[0][0][None]
+        probe = VProjectionProbe(model, "wow")
+        probe.spsa(lambda: example_losses(model, {"input_ids": ids, "labels": ids}), torch.randn(1, 6, 4))
+
+
+@pytest.mark.parametrize("name", ["layers.1.self_attn.v_proj", "v_proj"])
+def test_finding_leaves_no_trace(name):
+    model = tiny_model("llama").train()
+    state = torch.random.get_rng_state()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    VProjectionProbe(model, name)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(m.training for m in model.modules())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("lm_head", "lies in no nn.ModuleList"),
+        ("lm_head", "lies in no nn.ModuleList.*--probe_module"),
         ("post_attention_layernorm", "no weight matrix"),
         ("self_attn", "no weight matrix"),
     ],
