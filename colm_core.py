@@ -3,7 +3,8 @@
 Every formula of Nguyen et al., "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures"
 (ICLR 2025, arXiv 2407.19580v4), in the order of the algorithm and under its section or equation. The second half of
 the file is what lets the probe work on any architecture: it finds V by running the model, and runs part of a model
-again in wider precision. The file needs torch alone: copy it into your own repository. `train_colm.py` is the complete trainer; a step in your own loop reads
+again in wider precision. The file needs torch alone: copy it into your own repository. `train_colm.py` is the complete
+trainer; a step in your own loop reads
 
     probe = VProjectionProbe(model)                              # once: no weight is changed
     moments = AdamMoments(optimizer.defaults["betas"])           # once: the history of Eq. 3-4
