@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
@@ -1474,9 +1474,10 @@ def accelerator_of(monkeypatch, processes=1, precision="no", kind=DistributedTyp
         num_processes=processes,
         device=torch.device("cpu"),
         state=SimpleNamespace(
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
             fsdp_plugin=SimpleNamespace(
                 **{"fsdp_version": 2, "activation_checkpointing": False, "cpu_offload": OffloadPolicy()} | plugin
-            )
+            ),
         ),
     )
     monkeypatch.setenv("WORLD_SIZE", str(processes))
