@@ -7,20 +7,23 @@ arXiv 2407.19580v4. The mathematics is in colm_core.py; this file wires it to Ac
     accelerate launch --config_file accelerate_configs/single_gpu.yaml train_colm.py \\
         --model microsoft/phi-2 --train_file MathInstruct.json --output_dir out
 
-Implementation details worth knowing:
- 1. All ranks draw the same pool from (seed, epoch) and know the whole coreset: ranks exchange scalars, features and
+Where to read: `choose_coreset` is the method, `train_loop` the loop. Details worth knowing:
+ 1. Everything about a pool is a tensor or a mask over its N positions. `pool[position]` is a row of the training data.
+ 2. All ranks draw the same pool from (seed, epoch) and know the whole coreset: ranks exchange scalars, features and
     indices, never examples. A resumed run needs no sampler state.
- 2. Rows are sorted by length and packed into micro-batches of at most --max_tokens_per_micro_batch padded tokens. Every
-    rank gets an even share of the tokens and the same number of micro-batches, or FSDP's collectives would hang.
- 3. The loss is sum_i w_i L_i / sum_i w_i over the whole coreset, L_i the mean token loss of example i, whatever the
+ 3. Rows are sorted by length and put into micro-batches of at most --max_tokens_per_micro_batch tokens. Every rank gets
+    an even share of the tokens and the same number of micro-batches, or FSDP's collectives would hang.
+ 4. The loss is sum_i w_i L_i / sum_i w_i over the whole coreset, L_i the mean token loss of example i, whatever the
     micro-batches and the number of ranks.
- 4. Pools, directions, dropout and random picks have generators of their own, each seeded by (seed, purpose, step).
+ 5. Pools, directions, dropout and random picks have generators of their own, each seeded by (seed, purpose, step).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
+import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -28,27 +31,28 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import uuid
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from tqdm.auto import tqdm
@@ -56,36 +60,40 @@ from tqdm.auto import tqdm
 from colm_batches import (
     LabelledLogits,
     LossKernels,
+    PackingCheck,
+    attention_configs,
+    check_rows,
     collate,
     mean_hidden_states,
     micro_batch_losses,
     pack,
-    packed_attention,
     plan_micro_batches,
 )
 from colm_core import (
     AdamMoments,
-    PoolGradients,
     VProjectionProbe,
     k_means,
+    one_process,
     select_coreset,
     small_sources,
-    sparse_features,
+    sparsify,
+    spsa_gradients,
 )
 from colm_data import (
     Parser,
     TokenizedRows,
     UserError,
     config_flags,
+    default_cache_dir,
     demo_rows,
     load_tokenizer,
-    read_rows,
+    load_tokens,
     remove,
     replacing,
     tokenize,
 )
 
-# ------------------------------------------------------------------------------------------------------------- flags
+# ---------------------------------------------------------------------------------------------------------------- flags
 
 DEMO = {  # without --model: learn something visible in a minute on two CPU cores
     "pool_size": 64,
@@ -97,11 +105,6 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
     "eval_every": 20,
     "sparsify_dims": 256,
 }
-FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
-    *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *("report_to", "trust_remote_code", "train_file"),  # paths may move; the data is compared
-    *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
-}
 
 
 def build_parser() -> Parser:
@@ -110,8 +113,10 @@ def build_parser() -> Parser:
     add("--config", help="YAML file of flags; the command line goes first")
     add("--model", help="folder or hub id of a causal LM; without it a tiny random model")
     add("--trust_remote_code", action=flag, default=False, help="run Python code that the model's repository ships")
-    add("--train_file", help=".json, .jsonl (also .gz) or a hub dataset id, as org/name or org/name:split")
-    add("--eval_file", help="held-out rows in the same formats")
+    add("--train_file", nargs="+", help="files (.json, .jsonl, .csv, .parquet), globs or hub ids org/name:config:split")
+    add("--eval_file", nargs="+", help="held-out rows in the same formats")
+    add("--train_on", choices=["all", "last"], default="all", help="every answer of a conversation, or the last alone")
+    add("--cache_dir", default=default_cache_dir(), help="where tokens of large files are kept; '' keeps none")
     add("--source_field", default="source", help="the field that names a row's source")
     add("--output_dir", default="colm_output")
     add("--overwrite", action=flag, default=False, help="delete the run that --output_dir holds")
@@ -156,7 +161,8 @@ def build_parser() -> Parser:
     add("--keep_checkpoints", type=int, default=2)
     add("--resume", help="auto (the newest checkpoint, if any) or a checkpoint folder")
     add("--eval_every", type=int, default=100, help="steps between evaluations of --eval_file")
-    add("--report_to", nargs="+", choices=["tensorboard", "wandb"], default=[])
+    add("--report_to", nargs="+", choices=["png", "tensorboard", "wandb"], default=[], help="png: OUTPUT/run.png")
+    add("--run_name", help="the run's name in wandb; default: the name of --output_dir")
     add("--seed", type=int, default=0)
     return parser
 
@@ -170,15 +176,25 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if parser.parse_args(argv).model is None:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+    adopt_adapter(args, flags_given(argv))
     check_args(args)
     return args
+
+
+def flags_given(argv: list[str]) -> set[str]:
+    """Names of the flags that stand in `argv`, rather than having their default."""
+    parser, absent = build_parser(), object()
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), absent))
+    return {name for name, value in vars(parser.parse_args(argv)).items() if value is not absent}
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Rules that need no data."""
     positive = ["pool_size", "coreset_size", "num_directions", "spsa_eps", "sparsify_dims", "lora_alpha"]
     positive += ["learning_rate", "max_grad_norm", "num_epochs", "max_tokens_per_micro_batch", "keep_checkpoints"]
-    for name in positive + (["max_steps"] if args.max_steps is not None else []):
+    if args.max_steps is not None:
+        positive.append("max_steps")
+    for name in positive:
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give a positive number")
     at_least_0 = ["lora_r", "warmup_ratio", "weight_decay", "save_every", "eval_every", "lora_dropout"]
@@ -203,95 +219,116 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
-    for package in args.report_to:
+    for name in args.report_to:
+        package = {"png": "matplotlib"}.get(name, name)
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--report_to {package} needs a package: pip install {package}")
+            raise UserError(f"--report_to {name} needs a package: pip install {package}")
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-
-# ------------------------------------------------------------------------------------------------- model and adapters
-
-LORA_TARGETS = {  # q, k, v, o unless the paper or the architecture says otherwise (Appendix C)
-    "phi": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
-    "phi3": ["qkv_proj", "o_proj"],
-    "gpt2": ["c_attn"],
-    "gpt_neox": ["query_key_value", "dense"],
-}
-
-
-def load_model(args, accelerator: Accelerator, tokenizer):
-    """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(args.seed)
-    if args.model is None:
-        sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
-        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-        model = AutoModelForCausalLM.from_config(config)
-        base = Path(args.output_dir).absolute() / "base"  # what the adapter will name as its base model
-        if args.lora_r and accelerator.is_main_process:
-            model.save_pretrained(base)
-        model.name_or_path = str(base)
-    else:
-        half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
-        dtype = torch.bfloat16 if half else torch.float32
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:200]}: give a causal LM") from None
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(f"--model {args.model}: tokenizer of {len(tokenizer)} ids, embedding of {rows}: use its own")
-    return add_lora(model, args)
-
-
-def add_lora(model, args):
-    """The model with --gradient_checkpointing and LoRA adapters as the flags ask."""
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
-    if not args.lora_r:
-        return model
-    import peft
-
-    default = LORA_TARGETS.get(model.config.model_type, ["q_proj", "k_proj", "v_proj", "o_proj"])
-    targets = args.lora_target_modules or default
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    config = peft.LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(args.seed)  # the same adapters on every rank
-    try:
-        model = peft.get_peft_model(model, config)
-    except ValueError:
-        weighted = [name for name, m in model.named_modules() if getattr(m, "weight", None) is not None]
-        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in weighted))
-        raise UserError(f"--lora_target_modules {' '.join(targets)} is not in the model: choose from {names}") from None
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the large activations
-    return model
-
-
-# --------------------------------------------------------------------------------------------------------------- plans
+# ------------------------------------------------------------------------------------------------------- random numbers
 
 
 def seed_of(*parts) -> int:
-    """A seed for one purpose at one step: no generator needs saving, and none disturbs another.   # DIFFERS 13"""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+    """A seed for one purpose at one step: no generator needs saving, and none disturbs another."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()  # DIFFERS 13: not one global generator for everything
+    return int.from_bytes(digest[:7], "big")
 
 
 def generator_of(*parts, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_of(*parts))
+
+
+# ------------------------------------------------------------------------------------------- a run, and its collectives
+
+
+@dataclass
+class Run:
+    """What a run consists of; its methods are everything that depends on the number of ranks."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    tokenizer: object
+    train: TokenizedRows
+    held_out: TokenizedRows | None
+    keep: set[int]  # ids of the small sources: kept whole, or by --keep_share
+    model: torch.nn.Module  # as prepared: what training calls
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    probe: VProjectionProbe
+    labelled_logits: LabelledLogits
+    moments: AdamMoments
+    trained: list[torch.nn.Parameter]
+    modules: list[torch.nn.Module]
+    settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
+    comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
+    saved: Path | None = None  # the newest checkpoint
+    stop: str | None = None  # the signal that asked the run to end
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def ranks(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def inner(self) -> torch.nn.Module:
+        """What probing and evaluation call: DDP's own forward would arm its reducer; FSDP2's gathers the weights."""
+        return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout on or off: what `model.train(training)` does, less its recursion, 3 ms of a 600 ms step."""
+        for module in self.modules:
+            vars(module)["training"] = training
+
+    def micro_batches(self, data: TokenizedRows, rows: Tensor, max_tokens: int, only: Tensor | None = None):
+        """This rank's share of `rows` [N] of `data`, or of those at the positions `only`, in micro-batches.
+
+        Yields (positions in `rows` [B], MicroBatch on the device, is it the last?). Without positions the batch is a
+        stand-in that keeps this rank's collectives in step with the others'; its results count for nothing. Each batch
+        is put together while the device works on the one before.
+        """
+        positions = torch.arange(len(rows)) if only is None else only
+        lengths = [data.length(row) for row in rows[positions].tolist()]
+        shortest = lengths.index(min(lengths))
+        plan = plan_micro_batches(lengths, max_tokens, self.ranks, self.args.packing)[self.accelerator.process_index]
+        for i, members in enumerate(plan):
+            examples = [data.example(row) for row in rows[positions[members or [shortest]]].tolist()]
+            batch = pack(examples, self.args.max_length) if self.args.packing else collate(examples)
+            if self.device.type == "cuda":
+                batch = batch.pin()  # only pinned memory is copied without waiting for the device
+            yield positions[members], batch.to(self.device), i + 1 == len(plan)
+
+    # The collectives of CoLM. Only the main process' wait for all ranks stands elsewhere.
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank."""
+        if self.ranks == 1:
+            return tensor
+        self.comm_bytes += tensor.nbytes
+        return self.accelerator.reduce(tensor, "sum")
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The main process' tensor on every rank, on the host."""
+        if self.ranks == 1:
+            return tensor
+        self.comm_bytes += tensor.nbytes
+        return broadcast(tensor.to(self.device)).cpu()
+
+    def clip_gradients(self) -> Tensor:
+        """Clip to --max_grad_norm; returns the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is in parts
+
+    def trained_state(self) -> tuple[dict, dict]:
+        """Trained weights and optimizer state, whole and on the host, on every rank."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights = get_model_state_dict(self.model, options=options)
+        return weights, get_optimizer_state_dict(self.model, self.optimizer, options=options)
+
+
+# --------------------------------------------------------------------------------- one step: pool, probe, select, train
 
 
 @lru_cache(maxsize=2)
@@ -306,198 +343,166 @@ def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
     return order[position * size : (position + 1) * size]
 
 
-# ------------------------------------------------------------------------------------------ a run, and its collectives
-
-
-@dataclass
-class Run:
-    args: argparse.Namespace
-    accelerator: Accelerator
-    tokenizer: object
-    train: TokenizedRows
-    evaluation: TokenizedRows | None
-    keep: set[int]  # ids of the small sources: kept whole, or by --keep_share
-    model: torch.nn.Module  # as prepared: what training calls
-    optimizer: torch.optim.Optimizer
-    scheduler: object
-    probe: VProjectionProbe
-    labelled_logits: LabelledLogits
-    moments: AdamMoments
-    trained: list[torch.nn.Parameter]
-    modules: list[torch.nn.Module]
-    settings: dict = field(default_factory=dict)  # what a run that goes on must have in common with this one
-    comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
-    saved: Path | None = None  # the newest checkpoint
-    stop: bool = False  # SIGTERM came
-
-    @property
-    def inner(self) -> torch.nn.Module:
-        """What probing and evaluation call: DDP's own forward would arm its reducer; FSDP2's gathers the weights."""
-        return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
-
-    def micro_batches(self, data: TokenizedRows, rows: list[int], max_tokens: int):
-        """This rank's micro-batches: (item numbers into `rows`, batch on the device, is it the last?).
-
-        No items mark a stand-in. Each is collated while the device works on the one before.
-        """
-        lengths = [data.length(row) for row in rows]
-        shortest = lengths.index(min(lengths))
-        plan = plan_micro_batches(lengths, max_tokens, self.ranks, self.args.packing)[self.accelerator.process_index]
-        for i, items in enumerate(plan):
-            examples = [data.example(rows[i]) for i in items or [shortest]]
-            batch = pack(examples, self.args.max_length) if self.args.packing else collate(examples)
-            batch = batch.pin() if self.device.type == "cuda" else batch
-            yield items, batch.to(self.device), i + 1 == len(plan)
-
-    def mode(self, training: bool) -> None:
-        """Switch dropout on or off: what `model.train(training)` does, less its walk that costs milliseconds."""
-        for module in self.modules:
-            vars(module)["training"] = training
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    # the collectives: only main's wait for all ranks stands elsewhere
-
-    @property
-    def ranks(self) -> int:
-        return self.accelerator.num_processes
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        self.comm_bytes += tensor.nbytes if self.ranks > 1 else 0
-        return self.accelerator.reduce(tensor, "sum") if self.ranks > 1 else tensor
-
-    def from_main(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor on every rank."""
-        self.comm_bytes += tensor.nbytes if self.ranks > 1 else 0
-        return broadcast(tensor.to(self.device)).cpu() if self.ranks > 1 else tensor
-
-    def clip(self) -> Tensor:
-        """Clip the gradients to --max_grad_norm; returns the norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def state(self) -> dict:
-        """Trained weights and optimizer state, whole and on the host, on every rank."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        model = get_model_state_dict(self.model, options=options)
-        return {"model": model, "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options)}
-
-
-# ------------------------------------------------------------------------------- one step: pool, probe, select, train
-
-
 @dataclass
 class Choice:
-    """The coreset of one step, as positions in the pool."""
+    """The coreset of one step, by positions in the pool."""
 
-    index: Tensor  # [K]
-    weight: Tensor  # [K] of the examples' losses
-    kept: Tensor  # positions of the small sources' rows
+    index: Tensor  # [K] positions, kept ones first
+    weight: Tensor  # [N] of the examples' losses, 0 outside the coreset
+    kept: Tensor  # [N] bool: examples of small sources, which go before all others
+    moments: AdamMoments  # the history that includes this coreset; current once the step has succeeded
     probe_tokens: int = 0
     skipped_probes: int = 0
-    history: tuple = ()  # sum of g, sum of g^2, count of the selected big-source examples
 
 
 TOKEN_POWER = {"uniform": 0.0, "sqrt": 0.5, "tokens": 1.0}  # --example_weights: a loss weighs its tokens to this power
 
 
 def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
-    """The coreset of one pool by --selection, and the weights of its losses."""
-    places = candidates(run, pool, step)  # [n <= N]
-    choice = pick_coreset(run, pool[places], step, clock)
-    weight = choice.weight.float() if run.args.medoid_weights == "cluster" else torch.ones(len(choice.index))
-    index = places[choice.index]
-    return replace(choice, index=index, weight=weight * token_weights(run, pool[index]), kept=places[choice.kept])
-
-
-def token_weights(run: Run, rows: Tensor) -> Tensor:
-    """Weights of the losses of dataset `rows` by --example_weights, [n]."""
-    return run.train.supervised_tokens(rows) ** TOKEN_POWER[run.args.example_weights]
-
-
-def candidates(run: Run, pool: Tensor, step: int) -> Tensor:
-    """Positions in the pool that a coreset may take, [n]: all, unless --keep_share thins the small sources at random.
-
-    A share s leaves ceil(n_s (s + (1 - s) K / N)) of their n_s examples.
-    """
-    args, n = run.args, len(pool)
-    if args.keep_share == 1:
-        return torch.arange(n)
-    share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, n) / n
-    small = torch.isin(run.train.sources[pool], torch.tensor(sorted(run.keep), dtype=torch.long)).nonzero()[:, 0]
-    shuffled = small[torch.randperm(len(small), generator=generator_of(args.seed, "thin", step))]
-    may = torch.ones(n, dtype=torch.bool)
-    may[shuffled[math.ceil(share * len(small)) :]] = False
-    return may.nonzero()[:, 0]
-
-
-def pick_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
-    """Kept examples, then medoids of the others or a random part of them (Algorithm 1)."""
-    args, sources = run.args, run.train.sources[pool]
+    """The coreset of `pool` [N] by --selection, and the weights of its losses (Algorithm 1)."""
+    args = run.args
     k = min(args.coreset_size, len(pool))
     generator = generator_of(args.seed, "pick", step)
-    is_kept = torch.isin(sources, torch.tensor(sorted(run.keep), dtype=sources.dtype))
-    selection = "random" if args.cluster_sources and step < args.cluster_warmup else args.selection
-    if args.selection == "full":
-        return Choice(torch.arange(len(pool)), torch.ones(len(pool)), is_kept.nonzero()[:, 0])
+    sources = run.train.sources[pool]  # [N]
+    selection = args.selection
+    if args.cluster_sources and step < args.cluster_warmup:
+        selection = "random"  # there are no clusters yet (5.4)
+
+    # 1. Examples of small sources are kept (4.1), unless --keep_share leaves some of them out.
+    small = torch.isin(sources, torch.tensor(sorted(run.keep), dtype=sources.dtype))  # [N]
+    kept = thinned(run, small, step)  # [N]
+    left_out = small & ~kept  # [N]
+
+    # 2. Baselines, and pools whose small sources fill the coreset: a uniform draw, kept examples first.
+    if selection == "full":
+        return uniform_choice(run, pool, torch.arange(len(pool)), kept)
     if selection == "random":
-        is_kept = torch.zeros_like(is_kept)
-    kept = is_kept.nonzero()[:, 0]
-    if selection != "colm" or len(kept) >= k:
-        shuffled = torch.randperm(len(pool), generator=generator)
-        shuffled = shuffled[is_kept[shuffled].sort(descending=True, stable=True).indices]  # kept ones first
-        return Choice(shuffled[:k], torch.ones(k), kept)
+        kept = torch.zeros_like(kept)
+    if selection in ("random", "random_keep") or int(kept.sum()) >= k:
+        return uniform_choice(run, pool, draw_uniformly(~left_out, kept, k, generator), kept)
 
-    probed = (~is_kept).nonzero()[:, 0]  # DIFFERS 11: kept examples need no probe
-    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
-    gradients, mine = probe_pool(run, pool[probed], step)
+    # 3. Per-example gradients of the last V projection (Eq. 5-6), of this rank's share of the big sources' examples.
+    probed = ~small  # [N]  DIFFERS 11: kept examples need no probe
+    gradients = probe_pool(run, pool, probed, step)
     clock.mark("probe")
-    # SPSA: every rank holds all derivatives and does the rest alone. Exact gradients: each rank holds its own rows.
-    add_up = run.add_up if args.probe == "grad" else lambda tensor: tensor
-    present, local = sources[probed].unique(return_inverse=True)
-    device = run.device
-    own = sparse_features(gradients, local[mine], len(present), run.moments, args.sparsify_dims, device, add_up)
-    features = own.new_zeros(len(pool), own.shape[1])
-    features[probed[mine].to(device, non_blocking=True)] = own
-    features = add_up(features)
-    skipped = (~features.isfinite().all(1)).sum()  # read when the selection has waited for the device
-    coreset = select_coreset(features, sources, k, run.keep, args.sparsify_dims, args.similarity)
-    if not len(coreset.index):  # nothing kept, no probe finite: the loss will tell whether training can go on
-        return Choice(torch.randperm(len(pool), generator=generator)[:k], torch.ones(k), kept, skipped_probes=len(pool))
-    index, weight = run.from_main(torch.stack(coreset))  # [K], [K]
-    chosen = torch.isin(probed, index)  # [n] the medoids among the probed
-    skipped = int(skipped)
-    history = (*map(add_up, gradients.sums(chosen[mine], device)), int(chosen.sum()))
-    return Choice(index, weight, kept, tokens, skipped, history)
+    # With SPSA every rank knows all derivatives and does the rest alone; of exact gradients each rank holds its own.
+    all_reduce = run.all_reduce if args.probe == "grad" else one_process
+
+    # 4. Adam normalisation (Eq. 3-4), then the h largest coordinates of each source (Table 4).
+    h = min(args.sparsify_dims, run.probe.dims)
+    features = torch.zeros(len(pool), h, device=run.device)  # [N, h]
+    for source in sources[probed].unique().tolist():
+        of_source = probed & (sources == source)  # [N]
+        normalized = run.moments.normalize(gradients.of(of_source))  # [n, D]
+        features[of_source & gradients.held] = sparsify(normalized, h, all_reduce).float()  # [n, h]
+    features = all_reduce(features)
+
+    # 5. Medoids of every big source within its budget (Eq. 8). Examples left out are neither kept nor candidates.
+    features[left_out] = math.nan
+    their_sources = sources.masked_fill(left_out, -1)
+    coreset = select_coreset(features, their_sources, k, run.keep, h, args.similarity, generator)
+    skipped = int((probed & ~features.isfinite().all(1).cpu()).sum())
+    if len(coreset.index) == 0:  # nothing kept, no probe finite: the loss will tell whether training can continue
+        return uniform_choice(run, pool, draw_uniformly(~left_out, kept, k, generator), kept, skipped_probes=skipped)
+    index, cluster_size = run.broadcast(torch.stack(coreset))  # [K] each; rounding must not part the ranks
+
+    # 6. The history becomes the mean over the selected examples of big sources (Eq. 3-4); `update` makes it current.
+    medoids = torch.zeros_like(probed)
+    medoids[index] = True
+    medoids &= probed  # [N]
+    moments = copy(run.moments)
+    moments.update(gradients.of(medoids), all_reduce, count=int(medoids.sum()))
+
+    if args.medoid_weights == "uniform":
+        cluster_size = torch.ones_like(cluster_size)
+    weight = loss_weights(run, pool, index, cluster_size)
+    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
+    return Choice(index, weight, kept, moments, probe_tokens=tokens, skipped_probes=skipped)
 
 
-def clustering_steps(args) -> set[int]:
-    """Steps that begin with a clustering: after the warm-up, then evenly over the rest of the run (5.4)."""
-    rest = max(0, args.max_steps - args.cluster_warmup)
-    return {args.cluster_warmup + rest * i // (args.cluster_updates + 1) for i in range(args.cluster_updates + 1)}
+def uniform_choice(run: Run, pool: Tensor, index: Tensor, kept: Tensor, skipped_probes: int = 0) -> Choice:
+    """The positions `index` as a coreset that no gradient chose: the history stays."""
+    weight = loss_weights(run, pool, index, torch.ones_like(index))
+    return Choice(index, weight, kept, run.moments, skipped_probes=skipped_probes)
 
 
-def cluster_rows(run: Run, step: int) -> None:
-    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
-    run.mode(training=False)
-    features, mine = [], []
-    batches = run.micro_batches(run.train, list(range(len(run.train))), probe_budget(run.args))
-    for items, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
-        with run.accelerator.autocast():
-            features.append(mean_hidden_states(run.inner, batch)[: len(items)])
-        mine += items
-    generator = generator_of(run.args.seed, "clusters", step)
-    mine = torch.tensor(mine, device=run.device)
-    clusters = k_means(torch.cat(features), mine, len(run.train), run.args.cluster_sources, generator, run.add_up)
-    use_clusters(run, clusters.cpu())
+def draw_uniformly(candidates: Tensor, first: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Positions [k] of a uniform draw from the mask `candidates` [N] in which those of the mask `first` come first."""
+    shuffled = torch.randperm(len(candidates), generator=generator)
+    shuffled = shuffled[candidates[shuffled]]
+    goes_first = first[shuffled]
+    return torch.cat([shuffled[goes_first], shuffled[~goes_first]])[:k]
 
 
-def use_clusters(run: Run, clusters: Tensor) -> None:
-    run.train.sources, run.train.names = clusters, [f"cluster {c}" for c in range(run.args.cluster_sources)]
-    sizes = torch.bincount(clusters, minlength=run.args.cluster_sources).tolist()
-    run.keep = small_sources({c: size for c, size in enumerate(sizes) if size})
+def loss_weights(run: Run, pool: Tensor, index: Tensor, examples: Tensor) -> Tensor:
+    """Weights [N] of the losses, 0 outside `index` [K]: `examples` [K] that each stands for, times
+    --example_weights' power of its supervised tokens."""
+    tokens = run.train.supervised_tokens(pool[index])  # [K]
+    weight = torch.zeros(len(pool))
+    weight[index] = examples * tokens ** TOKEN_POWER[run.args.example_weights]
+    return weight
+
+
+def thinned(run: Run, small: Tensor, step: int) -> Tensor:
+    """The examples of small sources that --keep_share keeps, a mask [N].
+
+    A share s keeps ceil(n (s + (1 - s) K / N)) of their n examples, drawn at random: 1 keeps them all, 0 as many as a
+    uniform draw of K from N would take.
+    """
+    args = run.args
+    if args.keep_share == 1:
+        return small
+    share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, len(small)) / len(small)
+    positions = small.nonzero()[:, 0]
+    order = torch.randperm(len(positions), generator=generator_of(args.seed, "thin", step))
+    stay = torch.zeros_like(small)
+    stay[positions[order[: math.ceil(share * len(positions))]]] = True
+    return stay
+
+
+@dataclass
+class PoolGradients:
+    """Per-example gradients of a pool as far as this rank holds them: exact ones, or SPSA's derivatives and z."""
+
+    values: Tensor  # [N, D], or derivatives [N, directions]
+    held: Tensor  # [N] bool, on the host: rows of `values` that mean something here
+    z: Tensor | None  # [directions, d_v, r]
+
+    def of(self, wanted: Tensor) -> Tensor:
+        """The gradients of the held examples among the mask `wanted` [N], in pool order, [m, D]."""
+        positions = (wanted & self.held).nonzero()[:, 0]
+        values = self.values[positions.to(self.values.device, non_blocking=True)]
+        return values if self.z is None else spsa_gradients(values, self.z)
+
+
+def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradients:
+    """Zeroth-order or exact gradients of the last V projection for the examples of the mask `probed` [N] (Eq. 5-6)."""
+    args, probe = run.args, run.probe
+    run.set_training(False)  # dropout would be noise in the signal
+    budget = probe_budget(args)
+    z = None
+    if args.probe == "spsa":
+        z = directions(args, probe, step, run.device)
+        budget = max(1, budget // args.num_directions)  # the head sees two copies of a row for each direction
+    values = None
+    held = torch.zeros_like(probed)
+    for positions, batch, _ in run.micro_batches(run.train, pool, budget, only=probed.nonzero()[:, 0]):
+
+        def losses(batch=batch):
+            with run.accelerator.autocast():
+                return micro_batch_losses(run.inner, run.labelled_logits, batch)
+
+        if args.probe == "spsa":
+            rows = probe.spsa(losses, z, args.spsa_eps, args.spsa_wide_tail).float()  # [B, directions]
+        else:
+            rows = probe.gradients(losses, batch.per_example)  # [B, D]
+        if values is None:
+            values = rows.new_zeros(len(pool), rows.shape[1])
+        values[positions.to(run.device, non_blocking=True)] = rows[: len(positions)]
+        held[positions] = True
+    if args.probe == "spsa":  # a few numbers for each example: every rank gets them all
+        values, held = run.all_reduce(values), probed
+    return PoolGradients(values, held, z)
 
 
 def probe_budget(args) -> int:
@@ -505,88 +510,135 @@ def probe_budget(args) -> int:
     return args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)
 
 
-def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor]:
-    """Zeroth-order or exact gradients of the last V projection for dataset `rows`; which of them this rank holds."""
-    args, probe, device = run.args, run.probe, run.device
-    run.mode(training=False)
-    gradients, mine, derivatives = PoolGradients(probe.dims), [], None
-    budget = probe_budget(args)
-    if args.probe == "spsa":
-        gradients.z = directions(args, probe, step, device)
-        gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
-        budget = max(1, budget // args.num_directions)  # the head sees 2 copies of a row for each direction
-    for items, batch, _ in run.micro_batches(run.train, rows.tolist(), budget):
-
-        def losses(batch=batch):
-            with run.accelerator.autocast():
-                return micro_batch_losses(run.inner, run.labelled_logits, batch)
-
-        if args.probe == "spsa":
-            values = probe.spsa(losses, gradients.z, args.spsa_eps, args.spsa_wide_tail)  # [B, directions]
-            derivatives[torch.tensor(items).long().to(device, non_blocking=True)] = values[: len(items)].float()
-        else:
-            values = probe.gradients(losses, batch.per_example)  # [B, D]
-            gradients.add(values[: len(items)])
-        mine += items
-    if args.probe == "spsa":
-        gradients.derivatives = run.add_up(derivatives)
-        mine = range(len(rows))
-    return gradients, torch.tensor(mine, dtype=torch.long)
-
-
 def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
-    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5); new at each step.   # DIFFERS 9"""
-    generator = generator_of(args.seed, "direction", step if args.direction == "step" else "run", device=device)
+    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5)."""
+    moment = step if args.direction == "step" else "run"  # DIFFERS 9: new at each step, unless asked otherwise
+    generator = generator_of(args.seed, "direction", moment, device=device)
     return torch.randn(args.num_directions, *probe.shape, generator=generator, device=device)
 
 
-def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
+def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> Tensor:
     """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
     torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))
-    share = (weights.double() / weights.double().sum()).float()  # [K], sums to 1
-    run.mode(training=True)
+    share = (choice.weight.double() / choice.weight.double().sum()).float()  # [N], sums to 1
+    run.set_training(True)
     total = torch.zeros((), device=run.device)
-    for items, batch, last in run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch):
-        with nullcontext() if last else run.accelerator.no_sync(run.model):
+    for positions, batch, last in run.micro_batches(
+        run.train, pool, run.args.max_tokens_per_micro_batch, only=choice.index
+    ):
+        with nullcontext() if last else run.accelerator.no_sync(run.model):  # gradients are added up once, at the end
             with run.accelerator.autocast():
                 losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
-            loss = (losses * share[items].to(run.device, non_blocking=True)).sum() if items else losses.sum() * 0
+            if len(positions) == 0:
+                loss = losses.sum() * 0  # a stand-in
+            else:
+                loss = (losses * share[positions].to(run.device, non_blocking=True)).sum()
             (loss * run.ranks).backward()  # DDP and FSDP take the mean over ranks
         total += loss.detach()
-    return run.add_up(total)
+    return run.all_reduce(total)
 
 
 def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
-    """Clip, step the optimizer and the probe's history; returns the norm, None where it or the loss is not finite."""
-    norm = run.clip()
+    """Clip, step the optimizer and the history; returns the norm, None where it or the loss is not finite."""
+    norm = run.clip_gradients()
     broken = (~torch.stack([loss, norm]).isfinite().all()).float()
-    run.optimizer.found_inf = broken  # if 1, fused AdamW changes neither weights nor moments
+    run.optimizer.found_inf = broken  # if 1, fused AdamW changes neither weights nor moments, and nobody waits for it
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    moments = copy(run.moments)
-    if choice.history:
-        moments.update_from_sums(*choice.history)
     broken, norm = torch.stack([broken, norm]).tolist()  # the first wait for the device since the selection
     if broken:
         return None
-    run.moments = moments
+    run.moments = choice.moments
     return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def train_loop(run: Run, start: int) -> None:
+    """The hand-rolled loop, from `start` steps done to --max_steps."""
+    args, accelerator = run.args, run.accelerator
+    if run.held_out is not None and not run.saved:
+        log_evaluation(run, 0)
+    quiet = not accelerator.is_main_process
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)
+    for step in bar:
+        # clusters stand in for sources where there are none (5.4)
+        if args.cluster_sources and step in clustering_steps(args):
+            cluster_rows(run, step)
+        clock, run.comm_bytes = Clock(run.device), 0
+
+        # a large random pool M_t^L, the same on every rank
+        pool = draw_pool(len(run.train), args.pool_size, args.seed, step)  # [N] rows of the training data
+
+        # its coreset: small sources whole, medoids of the big ones
+        choice = choose_coreset(run, pool, step, clock)
+        clock.mark("select")
+
+        # one optimizer update on the coreset alone
+        loss = accumulate_gradients(run, pool, choice, step)
+        lr = run.scheduler.get_last_lr()[0]
+        norm = update(run, choice, loss)
+        if norm is None:
+            path = save_checkpoint(run, step)
+            raise UserError(
+                f"the loss {loss.item()} or its gradient at step {step + 1} is not finite: lower --learning_rate; "
+                f"the state before this step is in {path}"
+            )
+        run.scheduler.step()
+        clock.mark("train")
+
+        # records, held-out loss, checkpoints
+        done = step + 1
+        last = done == args.max_steps
+        log_step(run, done, pool, choice, clock, loss=loss.item(), lr=lr, grad_norm=norm)
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if run.held_out is not None and (last or (args.eval_every and done % args.eval_every == 0)):
+            log_evaluation(run, done)
+        stop = bool(run.all_reduce(torch.tensor(float(run.stop is not None), device=run.device)))  # on any rank
+        if stop or (args.save_every and (last or done % args.save_every == 0)):
+            path = save_checkpoint(run, done)
+        if stop and not last:
+            reason = run.stop or "a signal to another process"
+            accelerator.print(f"stopped by {reason} after step {done}: resume from {path} with --resume auto")
+            raise SystemExit(0)
+
+
+def log_step(run: Run, done: int, pool: Tensor, choice: Choice, clock: Clock, **values: float) -> None:
+    """One line in metrics.jsonl, one in selection.jsonl, and the same for --report_to."""
+    rows = pool[choice.index]
+    record = {"step": done, **values, "pool": len(pool), "kept": int(choice.kept.sum()), "selected": len(rows)}
+    record |= {"skipped_probes": choice.skipped_probes, "probe_tokens": choice.probe_tokens}
+    record |= {"tokens": sum(run.train.length(row) for row in rows.tolist())}
+    record |= clock.read() | {"comm_bytes": run.comm_bytes}
+    if run.accelerator.is_main_process:
+        folder, number = Path(run.args.output_dir), run.train.numbers
+        picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
+        append(folder / "metrics.jsonl", record)
+        append(folder / "selection.jsonl", {"step": done} | {name: number[r].tolist() for name, r in picked.items()})
+    run.accelerator.log(record, step=done)  # nothing without trackers
+
+
+# -------------------------------------------------------------------------------------------------------- held-out loss
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
     """Held-out loss: mean over examples, mean over sources, per token, and per source."""
-    data, device = run.evaluation, run.device
+    data, device = run.held_out, run.device
+    rows = torch.arange(len(data))
     sums = torch.zeros(len(data.names), 4, dtype=torch.float64, device=device)  # loss, examples, token loss, tokens
-    run.mode(training=False)
-    for items, batch, _ in run.micro_batches(data, list(range(len(data))), run.args.max_tokens_per_micro_batch):
+    run.set_training(False)
+    for positions, batch, _ in run.micro_batches(data, rows, run.args.max_tokens_per_micro_batch):
         with run.accelerator.autocast():
-            losses = micro_batch_losses(run.inner, run.labelled_logits, batch)[0].double()
+            losses = micro_batch_losses(run.inner, run.labelled_logits, batch)[0].double()  # [B]
         values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
-        sums.index_add_(0, data.sources[items].to(device), values[: len(items)])
-    sums = run.add_up(sums).cpu()
-    seen = (sums[:, 1] > 0).nonzero()[:, 0].tolist()
-    per_source = {data.names[q]: (sums[q, 0] / sums[q, 1]).item() for q in seen}
+        sums.index_add_(0, data.sources[positions].to(device), values[: len(positions)])
+    sums = run.all_reduce(sums).cpu()
+    per_source = {}
+    for name, (loss, examples, _, _) in zip(data.names, sums.tolist(), strict=True):
+        if examples:
+            per_source[name] = loss / examples
     loss, examples, token_loss, tokens = sums.sum(0).tolist()
     return {
         "eval_loss": loss / examples,
@@ -596,225 +648,440 @@ def evaluate(run: Run) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------- clocks and records
-
-
-class Clock:
-    """Seconds and peak memory of the phases of a step, read once at its end so that the device never waits."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple] = []
-        self.mark("start")
-
-    def mark(self, name: str) -> None:
-        if self.cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-            peak = torch.cuda.memory.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"]
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.marks.append((name, now, peak / 1e9))
-
-    def read(self) -> dict:
-        """{phase}_s and {phase}_gb since the mark before, step_s and peak_gb over all."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-        def seconds(a, b):
-            return a.elapsed_time(b) / 1e3 if self.cuda else b - a
-
-        record = {f"{name}_{unit}": 0.0 for name in ("probe", "select", "train") for unit in ("s", "gb")}
-        for (_, before, _), (name, now, peak) in itertools.pairwise(self.marks):
-            record |= {f"{name}_s": seconds(before, now), f"{name}_gb": peak}
-        record["step_s"] = seconds(self.marks[0][1], self.marks[-1][1])
-        record["peak_gb"] = max(peak for _, _, peak in self.marks[1:])
-        return {key: round(value, 6) for key, value in record.items()}
-
-
-def append(path: Path, record: dict) -> None:
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): free space in {path.parent}, then go on from the last "
-            "checkpoint with --resume auto"
-        ) from None
-
-
-def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
-    """Records up to `last_step`; a line that a kill cut short ends them."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= last_step:
-            records.append(record)
-    return records
-
-
-def rewind(folder: Path, step: int) -> None:
-    """Drop the records that a resumed run will write again."""
-    for name in ("metrics.jsonl", "selection.jsonl", "eval.jsonl"):
-        records = read_records(folder / name, step)
-        with replacing(folder / name) as aside:
-            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def save_checkpoint(run: Run, step: int) -> Path:
-    """State after `step` optimizer steps. Every rank takes part in gathering it; rank 0 writes."""
-    if run.saved and step_of(run.saved) == step:  # resumed from it, or saved a moment ago
-        return run.saved
-    state = run.state() | {"scheduler": run.scheduler.state_dict(), "moments": run.moments.state_dict(), "step": step}
-    state["clusters"] = run.train.sources if run.args.cluster_sources and step > run.args.cluster_warmup else None
-    path = Path(run.args.output_dir) / f"checkpoint-{step:06d}"
-
-    def write():
-        with replacing(path) as aside:
-            remove(aside)
-            aside.mkdir()
-            (aside / "settings.json").write_text(json.dumps(run.settings, indent=1))
-            torch.save(state, aside / "state.pt")
-        for old in checkpoints(path.parent)[: -run.args.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    on_main(run, write, f"checkpoint of step {step}")
-    run.saved = path
-    return path
-
-
-def on_main(run: Run, write, what: str) -> None:
-    """Rank 0 writes; all ranks learn whether it could."""
-    problem = None
+def log_evaluation(run: Run, step: int) -> None:
+    record = {"step": step} | evaluate(run)
     if run.accelerator.is_main_process:
+        append(Path(run.args.output_dir) / "eval.jsonl", record)
+        if "png" in run.args.report_to and step > 0:
+            draw_run(run)
+    flat = {name: value for name, value in record.items() if isinstance(value, float)}
+    for source, value in record["eval_loss_of"].items():
+        flat[f"eval_loss/{source}"] = value
+    run.accelerator.log(flat, step=step)
+
+
+# ----------------------------------------------------------------------------------- sources where there are none (5.4)
+
+
+def clustering_steps(args) -> set[int]:
+    """Steps that begin with a clustering: after the warm-up, then evenly over the rest of the run."""
+    rest = max(0, args.max_steps - args.cluster_warmup)
+    return {args.cluster_warmup + rest * i // (args.cluster_updates + 1) for i in range(args.cluster_updates + 1)}
+
+
+def cluster_rows(run: Run, step: int) -> None:
+    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
+    run.set_training(False)
+    rows = torch.arange(len(run.train))
+    features, mine = [], []
+    batches = run.micro_batches(run.train, rows, probe_budget(run.args))
+    for positions, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
+        with run.accelerator.autocast():
+            features.append(mean_hidden_states(run.inner, batch)[: len(positions)])
+        mine.append(positions)
+    generator = generator_of(run.args.seed, "clusters", step)
+    mine = torch.cat(mine).to(run.device)
+    clusters = k_means(torch.cat(features), mine, len(rows), run.args.cluster_sources, generator, run.all_reduce)
+    use_clusters(run, clusters.cpu())
+
+
+def use_clusters(run: Run, clusters: Tensor) -> None:
+    """Make the clusters [rows] the sources of the training rows."""
+    count = run.args.cluster_sources
+    run.train.sources, run.train.names = clusters, [f"cluster {c}" for c in range(count)]
+    sizes = enumerate(torch.bincount(clusters, minlength=count).tolist())
+    run.keep = small_sources({cluster: size for cluster, size in sizes if size})
+
+
+# --------------------------------------------------------------------------------------------------- model and adapters
+
+LORA_TARGETS = {  # where the paper (Appendix C) names them, or its q, k, v and o are one fused matrix and another
+    "phi": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
+    "phi3": ["qkv_proj", "o_proj"],
+    "gpt_neox": ["query_key_value", "dense"],
+}
+# Parts of a model where an adapter would never get a gradient from text, by the names that Transformers gives them:
+# towers for images and sound, what joins them to the text, attention to an encoder, and what only picks positions.
+NOT_TEXT = r".*(vision|visual|image|audio|speech|video|multi_?modal|cross_?att|encoder_attn|indexer|pooler).*"
+
+
+def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | None = None):
+    """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(args.seed)
+    adapter = args.model if is_adapter(args.model) else None
+    whole = None
+    if checkpoint and args.lora_r:
+        adapter = checkpoint  # a resumed run goes on from the adapter that it saved,
+    elif checkpoint:
+        whole = checkpoint  # or from the whole model
+    if args.model is None and whole is None:
+        sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        model = AutoModelForCausalLM.from_config(config)
+        base = Path(args.output_dir).absolute() / "base"  # what the adapter will name as its base model
+        if args.lora_r and accelerator.is_main_process:
+            model.save_pretrained(base)
+        model.name_or_path = str(base)
+        return add_lora(model, args, adapter)
+    base, remedy = whole or args.model, "give a causal LM"
+    if is_adapter(args.model):
+        base = adapter_config(args.model).base_model_name_or_path
+        remedy = "name its base model in base_model_name_or_path of its adapter_config.json"
+    half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
+    dtype = torch.bfloat16 if half else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the hub, configs, quantisers without their package and remote code raise many kinds
+        if base != args.model:
+            remedy = f"{remedy}, or use another checkpoint" if whole else f"{remedy} of {args.model}"
+        raise UserError(f"--model {base}: {one_line(error)}: {remedy}") from None
+    if not args.lora_r and getattr(model, "is_quantized", False):
+        raise UserError(f"--lora_r 0 would train the weights of {args.model}, which are quantised: give 1 or more")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        say("the model's config asks for its router's auxiliary loss: it is not added to the loss of the examples")
+    return add_lora(model, args, adapter)
+
+
+def one_line(error: Exception) -> str:
+    """An exception's kind and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+def say(text: str) -> None:
+    """Print on the first rank, also before there is an Accelerator."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def is_adapter(model: str | None) -> bool:
+    """Is --model the folder of a PEFT adapter?"""
+    return model is not None and Path(model, "adapter_config.json").is_file()
+
+
+def adapter_config(folder: str):
+    """The LoRA settings of an adapter's folder."""
+    import peft
+
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--model {folder}: adapter_config.json: {one_line(error)}: give a LoRA adapter") from None
+    if not isinstance(config, peft.LoraConfig):
+        raise UserError(f"--model {folder} is an adapter of type {config.peft_type.value}: only LoRA is trained")
+    if not config.base_model_name_or_path:
+        raise UserError(f"--model {folder}: adapter_config.json names no base_model_name_or_path: add it")
+    return config
+
+
+def adopt_adapter(args, given: set[str]) -> None:
+    """Where --model is an adapter's folder, its LoRA settings are the run's; `given` flags may not contradict them."""
+    if not is_adapter(args.model):
+        return
+    config = adapter_config(args.model)
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    own = {"lora_r": config.r, "lora_alpha": float(config.lora_alpha), "lora_dropout": config.lora_dropout}
+    own["lora_target_modules"] = targets
+    for name, value in own.items():
+        wanted = getattr(args, name)
+        same = sorted(wanted) == sorted(value) if isinstance(value, list) and wanted else wanted == value
+        if name in given and not same:
+            wanted, value = (" ".join(x) if isinstance(x, list) else x for x in (wanted, value))
+            raise UserError(f"--{name} {wanted}, but the adapter in {args.model} has {value}: drop the flag")
+        setattr(args, name, value)
+
+
+def add_lora(model, args, adapter: Path | str | None = None):
+    """The model with --gradient_checkpointing and LoRA adapters: new ones as the flags ask, or those of a folder."""
+    if args.gradient_checkpointing:
         try:
-            write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            problem = error
-    if run.add_up(torch.tensor(float(problem is not None), device=run.device)):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
+    if not args.lora_r:
+        return model
+    import peft
+
+    torch.manual_seed(args.seed)  # the same adapters on every rank
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    else:
+        targets, excluded = lora_targets(model, args.lora_target_modules)
+        config = peft.LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+            exclude_modules=excluded,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(
+                f"--lora_target_modules {' '.join(targets)}: {one_line(error)}: choose from {linear_names(model)}"
+            ) from None
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the large activations
+        if getattr(module, "lora_variant", None):
+            raise UserError(f"--model {args.model}: DoRA and other variants of LoRA are not supported: give plain LoRA")
+    return model
+
+
+def load_adapter(model, folder: Path | str):
+    """The adapter in `folder` over its base, to be trained on, in fp32."""
+    import peft
+
+    try:
+        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device="cpu")
+        saved = peft.load_peft_weights(str(folder), device="cpu").keys()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT, torch and safetensors each raise their own kinds
         raise UserError(
-            f"the {what} could not be written ({' '.join(str(problem).split())[:160]}): free space in "
-            f"{run.args.output_dir}, then go on from the last checkpoint with --resume auto"
+            f"the adapter in {folder} can't be read: {one_line(error)}: give another of this base model"
+        ) from None
+    missing = sorted(peft.get_peft_model_state_dict(model).keys() - saved)
+    if missing:  # PEFT only warns, and would train on from new weights
+        raise UserError(
+            f"{folder}/adapter_model.safetensors lacks {len(missing)} weights, such as {missing[0]}: "
+            "give another adapter of this base model"
+        )
+    return model
+
+
+def linear_modules(model) -> list[str]:
+    """Names of the linear layers that a row of text runs and PEFT can adapt, without the output embedding."""
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        if not isinstance(module, (torch.nn.Linear, Conv1D)) or re.fullmatch(NOT_TEXT, name):
+            continue
+        if module is model.get_output_embeddings():
+            continue
+        if "Group" in type(module).__name__:  # DeepSeek-V4's product by groups, which PEFT would take for a plain one
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ("x_proj", "dt_proj", "out_proj") and hasattr(modules[parent], "conv1d"):
+            continue  # the kernels of state-space mixers read these weights themselves, past any adapter
+        found.append(name)
+    return found
+
+
+def linear_names(model) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model)))
+
+
+def default_targets(model) -> list[str]:
+    """LoRA targets where the user names none.
+
+    The paper adapts q, k, v and o unless it names others (Appendix C); o goes by other names in some architectures.
+    Where there are no such four, PEFT's own choice for the architecture; else all that projects inside attention; else
+    all linear layers.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+
+    kind = model.config.model_type
+    if kind in LORA_TARGETS:
+        return LORA_TARGETS[kind]
+    linear = linear_modules(model)
+    latent = any(name.endswith("kv_b_proj") for name in linear)  # such attention has no four, in some or all layers
+    for name in linear:
+        parent, _, leaf = name.rpartition(".")
+        if leaf != "v_proj" or f"{parent}.q_proj" not in linear or f"{parent}.k_proj" not in linear or latent:
+            continue
+        for output in ("o_proj", "out_proj", "dense", "Wo"):
+            if f"{parent}.{output}" not in linear:
+                continue
+            if output != "o_proj":  # other parts of a model may have an out_proj too
+                output = f"{parent.rpartition('.')[2]}.{output}"
+            return ["q_proj", "k_proj", "v_proj", output]
+    if isinstance(PEFT_TARGETS.get(kind), list):
+        return PEFT_TARGETS[kind]
+    modules = dict(model.named_modules())
+    attention = [name for name, module in modules.items() if re.search("Attention|MLA", type(module).__name__)]
+    inside = [name for name in linear if any(name.startswith(f"{parent}.") for parent in attention)]
+    return inside or linear  # whole names: PEFT stores them shortened to their ends
+
+
+def lora_targets(model, wanted: list[str] | None) -> tuple[list[str], str | None]:
+    """PEFT's target_modules and exclude_modules for --lora_target_modules; every name must stand for a module."""
+    if wanted == ["all-linear"]:
+        return linear_modules(model), None
+    targets = wanted or default_targets(model)
+    names = [name for name, _ in model.named_modules()]
+    outside = False
+    for target in targets:
+        matched = [name for name in names if name == target or name.endswith("." + target)]
+        text = [name for name in matched if not re.fullmatch(NOT_TEXT, name)]
+        if not text:
+            where = f"is only in {matched[0]}, which text never runs" if matched else "is not in the model"
+            raise UserError(f"--lora_target_modules {target} {where}: choose from {linear_names(model)}")
+        outside = outside or len(text) < len(matched)
+    return targets, NOT_TEXT if outside else None
+
+
+def check_fits(args, model, tokenizer, data: list[TokenizedRows]) -> None:
+    """Refuse rows with more tokens than the model has positions, or with tokens that its embedding does not have."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(rows.length(i) for rows in data for i in range(len(rows)))
+    if positions is not None and 0 < positions < longest:  # some models write -1 for no limit
+        raise UserError(
+            f"--max_length {args.max_length} exceeds the model's {positions} positions: lower it to {positions}"
+        )
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(rows.ids.max()) for rows in data)
+    if largest >= known:  # a tokenizer may have more, such as an added [PAD], as long as no row uses them
+        raise UserError(
+            f"--model {args.model}: its embedding has {known} tokens, but the rows use token {largest}, "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}: give the model its own tokenizer, or resize its embedding"
         )
 
 
-def check_agreement(run: Run, start: int) -> None:
-    """Ranks never exchange rows, so all must see the same data, flags and checkpoint."""
-    mine = torch.tensor([start, seed_of(run.settings)])
-    if run.add_up((run.from_main(mine) != mine).any().float().to(run.device)):
-        raise UserError("the hosts differ in data, flags or checkpoint: give all the same, and a shared --output_dir")
+# Where a difference counts. Over 180 families of transformers 5.24, tiny and random, on a CPU: sound ones have 0.0, 0.2
+# and 0.0 at most. Of the others, `ahead` is about 3 and more, and `apart` or `leaks` 60 and more in float32. In bf16
+# much of a fault hides in the rounding (`apart` 0.2 and more): `leaks`, which compares equal shapes, then still shows
+# 0.06. On a GPU packed rows run another kernel than padded ones, so that `apart` is about 1 for sound models.
+AHEAD, APART, LEAKS = 2.0, 3.0, 0.05
 
 
-def settings_of(args, train: TokenizedRows) -> dict:
-    settings = {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
-    return settings | {"model": model_fingerprint(args), "training data": train.fingerprint()}
+def check_model(args, accelerator: Accelerator, model, labelled_logits: LabelledLogits, data) -> bool:
+    """Run a few rows before training; returns whether examples can share packed rows.
+
+    A model that can't be packed is padded instead, or refused with an explicit --packing; one that looks ahead is
+    refused, and so is one that can't run the rows. `model` is the prepared one, DDP's inner. Every rank runs the same
+    rows, and the first one's figures decide for all.
+    """
+    packed = packs_by_default(accelerator, model) if args.packing is None else args.packing
+    configs = attention_configs(model)
+    model.eval()
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    check = PackingCheck(
+        model, labelled_logits, accelerator.autocast, args.max_tokens_per_micro_batch, args.max_length, dtype
+    )
+    rows = check_rows(data)
+    try:
+        found = check.differences(rows, packed)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model of any architecture may raise
+        raise UserError(
+            f"--model {args.model} can't run a row of {len(rows[0])} tokens ({one_line(error)}): "
+            "install what it asks for, or give another causal LM"
+        ) from None
+    if found.idle_adapter:
+        raise UserError(f"--lora_target_modules: no adapter runs on text, such as {found.idle_adapter}: name others")
+    if math.isnan(found.ahead):
+        raise UserError(f"--model {args.model} gives losses that are not finite before training: give other weights")
+    figures = torch.tensor([found.ahead, found.apart, found.leaks], device=accelerator.device)
+    ahead, apart, leaks = broadcast(figures).tolist() if accelerator.num_processes > 1 else figures.tolist()
+    if not ahead <= AHEAD:
+        raise UserError(
+            f"--model {args.model} is not causal: later tokens change earlier losses ({ahead:.3g} times the rounding "
+            "noise): give a causal LM (encoders such as BERT need is_decoder: true in config.json)"
+        )
+    if packed and not (apart <= APART and leaks <= LEAKS):
+        figures = f"losses change by {max(apart, leaks):.2g} times the rounding noise"
+        problem = f"{args.model} can't keep packed examples apart ({found.problem or figures})"
+        if args.packing:
+            raise UserError(f"--packing: {problem}: use --no-packing")
+        accelerator.print(f"padding, not packing: {problem}")
+        for config, implementation in configs:
+            config._attn_implementation_internal = implementation
+        packed = False
+    return packed
 
 
-def model_fingerprint(args) -> str | None:
-    """Equal for models of the same shape, wherever they lie."""
+def packs_by_default(accelerator: Accelerator, model) -> bool:
+    """On a GPU in half precision, where the variable-length kernel is; elsewhere padding is as fast."""
+    half = accelerator.mixed_precision == "bf16"
+    return accelerator.device.type == "cuda" and half and getattr(model, "_supports_flash_attn", False)
+
+
+def model_fingerprint(args) -> str:
+    """Equal for the same weights in the same precision, wherever they lie.
+
+    Cheap: of every tensor its name, shape and a few bytes count, of files in other formats a few bytes all over. A hub
+    id stands for its commit. An adapter counts beside its base.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch hands over
     if args.model is None:
-        return None
+        return f"the demo's, mixed_precision {precision}"
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    base, adapter = args.model, ""
+    if is_adapter(args.model):
+        base, adapter = adapter_config(args.model).base_model_name_or_path, f" adapter {weights_digest(args.model)}"
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # the hub, configs and remote code each raise their own kinds
+        raise UserError(f"--model {args.model}: {one_line(error)}: give a causal LM") from None
     shape = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
-    return f"{config.model_type} {hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest()[:16]}"
+    shape = hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest()[:16]
+    weights = weights_digest(base) if Path(base).is_dir() else f"commit {getattr(config, '_commit_hash', None)}"
+    return f"{config.model_type} {shape} weights {weights}{adapter}, mixed_precision {precision}"
 
 
-def find_checkpoint(args, folder: Path) -> Path | None:
-    """The checkpoint to resume from, after checking that the output folder may be used."""
-    if args.resume not in (None, "auto"):
-        path = Path(args.resume)
-        if not (path / "state.pt").exists() or not (path / "settings.json").exists():
-            raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
-        own = path.resolve().parent == folder.resolve()
-        if args.overwrite or (not own and (checkpoints(folder) or (folder / "metrics.jsonl").exists())):
-            raise UserError(f"--resume {path} would delete what --output_dir {folder} holds: choose another folder")
-        return path
-    if args.resume and args.overwrite:
-        raise UserError("--resume auto and --overwrite exclude each other: drop one")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file: choose another folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {folder}: {existing} is not writable: choose another folder")
-    found = checkpoints(folder)
-    if args.resume is None and not args.overwrite and (found or (folder / "metrics.jsonl").exists()):
-        raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
-    return found[-1] if found and args.resume == "auto" else None
+def weights_digest(folder: str) -> str:
+    """A hash of sizes and some bytes of all weights in a folder; how they are split over files does not matter."""
+    parts = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors":
+            parts += tensor_samples(path)
+        elif path.suffix in (".bin", ".pt", ".pth"):
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                parts.append((path.name, size, samples(f, 0, size, 256)))
+    return hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()[:16]
 
 
-def check_settings(settings: dict, checkpoint: Path) -> None:
-    try:
-        saved = json.loads((checkpoint / "settings.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{checkpoint}/settings.json can't be read: resume from another checkpoint") from None
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            name = name if " " in name else f"--{name}"
-            raise UserError(
-                f"{name} is {value}, but {checkpoint} was made with {saved.get(name.removeprefix('--'))}: "
-                "use the same, or start another --output_dir"
-            )
+def tensor_samples(path: Path) -> list[tuple]:
+    """(name, type, shape, some bytes) of every tensor of a safetensors file.
+
+    The format: the header's length in 8 bytes, the header as JSON, then the data at offsets that the header tells.
+    """
+    with open(path, "rb") as f:
+        try:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+            parts = []
+            for name, entry in entries:
+                start, end = entry["data_offsets"]
+                content = samples(f, 8 + length + start, end - start, 4)
+                parts.append((name, entry["dtype"], entry["shape"], content))
+        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise UserError(f"{path} is no safetensors file ({type(error).__name__}): copy it again") from None
+    return parts
 
 
-def load_checkpoint(run: Run, path: Path) -> int:
-    """Restore everything; returns the number of steps done."""
-    try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a cut or foreign file fails in many ways
-        raise UserError(f"{path}/state.pt can't be read ({type(error).__name__}): use another checkpoint") from None
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(run.model, state["model"], options=options)
-    if state["optimizer"]["state"]:  # else setting it would make a step: no update had been made
-        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
-    run.scheduler.load_state_dict(state["scheduler"])
-    moments = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
-    run.moments.load_state_dict(moments)
-    if state["clusters"] is not None:
-        use_clusters(run, state["clusters"])
-    run.saved = path
-    return state["step"]
+def samples(file, start: int, size: int, pieces: int, piece: int = 1024) -> bytes:
+    """Up to `pieces` pieces of a file, evenly over `size` bytes from `start`, its last ones included."""
+    content = b""
+    for i in range(pieces):
+        file.seek(start + max(0, size - piece) * i // max(1, pieces - 1))
+        content += file.read(min(piece, size))
+    return content
 
 
-def save_final(run: Run) -> Path:
-    """A PEFT adapter, or the whole model, with its tokenizer."""
-    weights = run.state()["model"]
-    model = run.accelerator.unwrap_model(run.model)
-    folder = Path(run.args.output_dir)
-
-    def write():
-        with replacing(folder / "final") as aside:
-            remove(aside)
-            model.save_pretrained(aside, state_dict=weights)
-            run.tokenizer.save_pretrained(aside)
-
-    on_main(run, write, "final model")
-    return folder / "final"
-
-
-# ------------------------------------------------------------------------------------------------------------- set-up
+# --------------------------------------------------------------------------------------------------------------- set-up
 
 
 def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows | None, set[int]]:
     """Training rows, held-out rows and the ids of the sources that are kept whole."""
-    rows, places = read_rows(args.train_file) if args.train_file else (demo_rows("train", 10), None)
-    train = tokenize(rows, places or [f"demo row {i + 1}" for i in range(len(rows))], tokenizer, args, [], show)
+    if args.train_file:
+        train = load_tokens(args.train_file, tokenizer, args, [], show)
+    else:
+        rows = demo_rows("train", 10)
+        train = tokenize(rows, ["demo"] * len(rows), tokenizer, args, [], show)
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
@@ -836,18 +1103,30 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
             if name not in train.names:
                 raise UserError(f"--keep_sources {name} is no source: choose auto, none or of {', '.join(train.names)}")
         keep = {train.names.index(name) for name in args.keep_sources}
-    held_out = None
-    if args.eval_file or not args.train_file:
-        rows, places = read_rows(args.eval_file) if args.eval_file else (demo_rows("eval"), None)
-        places = places or [f"demo row {i + 1}" for i in range(len(rows))]
-        held_out = tokenize(rows, places, tokenizer, args, train.names, show)
+    if args.eval_file:
+        held_out = load_tokens(args.eval_file, tokenizer, args, train.names, show)
+    elif not args.train_file:
+        rows = demo_rows("eval")
+        held_out = tokenize(rows, ["demo"] * len(rows), tokenizer, args, train.names, show)
+    else:
+        held_out = None
+    for what, data in (("training", train), ("held-out", held_out)):
+        for line in data.remarks if data and show else []:
+            print(f"{what} rows: {line}")
     return train, held_out, keep
 
 
 def make_accelerator(args) -> Accelerator:
-    accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
+    trackers = [name for name in args.report_to if name != "png"]
+    folders = ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "tensorboard"))
+    accelerator = Accelerator(log_with=trackers or None, project_config=folders)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+    backend = accelerator.state.dynamo_plugin.backend.value
+    if backend != "NO":
+        raise UserError(
+            f"dynamo_backend {backend} compiles the model past the probe's hooks: set it to no, and use --compile"
+        )
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
     torch.backends.cuda.matmul.allow_tf32 = accelerator.mixed_precision == "bf16"  # for SPSA's float32 tail
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -886,16 +1165,8 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         VProjectionProbe(model, args.probe_module)  # before anything is wrapped or written
     except ValueError as error:
         raise UserError(str(error)) from None
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    longest = max(data.length(i) for data in (train, held_out) if data for i in range(len(data)))
-    if longest > limit:
-        raise UserError(f"--max_length {args.max_length} exceeds the model's {limit} positions: lower it to {limit}")
-    if args.packing is None:
-        half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
-        args.packing = half and getattr(model, "_supports_flash_attn", False)
-    if args.packing:
-        transformers.AttentionInterface.register("packed", packed_attention)
-        accelerator.unwrap_model(model).set_attn_implementation("packed")
+    data = [rows for rows in (train, held_out) if rows]
+    check_fits(args, model, tokenizer, data)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -904,14 +1175,16 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     warmup = math.ceil(args.warmup_ratio * args.max_steps)
     schedule = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
     scheduler = transformers.get_scheduler(schedule, optimizer, warmup, args.max_steps)
+    labelled_logits = LabelledLogits(accelerator.unwrap_model(model))
     run = Run(
         *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
         probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
-        labelled_logits=LabelledLogits(accelerator.unwrap_model(model)),
+        labelled_logits=labelled_logits,
         moments=AdamMoments(optimizer.defaults["betas"]),
         trained=[p for p in model.parameters() if p.requires_grad],
         modules=list(model.modules()),
     )
+    args.packing = check_model(args, accelerator, run.inner, labelled_logits, data)
     gc.freeze()  # a million objects of models and libraries that no collection need visit again
     if accelerator.device.type == "cuda":
         torch.set_num_threads(1)  # the host handles tiny tensors only, and waking threads takes longer than the work
@@ -951,72 +1224,395 @@ def compile_layers(run: Run) -> None:
         layer.compile(dynamic=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- loop
+# --------------------------------------------------------------------------------------------------- clocks and records
 
 
-def train_loop(run: Run, start: int) -> None:
-    """The hand-rolled loop, from `start` steps done to --max_steps."""
-    args, accelerator, folder = run.args, run.accelerator, Path(run.args.output_dir)
-    device = accelerator.device
-    if run.evaluation is not None and not run.saved:
-        log_evaluation(run, 0)
-    quiet = not accelerator.is_main_process
-    for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)):
-        if args.cluster_sources and step in clustering_steps(args):
-            cluster_rows(run, step)
-        clock, run.comm_bytes = Clock(device), 0
-        pool = draw_pool(len(run.train), args.pool_size, args.seed, step)
-        choice = choose_coreset(run, pool, step, clock)
-        clock.mark("select")
+class Clock:
+    """Seconds and peak memory of the phases of a step, read once at its end so that the device never waits."""
 
-        rows = pool[choice.index]
-        loss = train_on(run, rows, choice.weight, step)
-        lr = run.scheduler.get_last_lr()[0]
-        norm = update(run, choice, loss)
-        if norm is None:
-            path = save_checkpoint(run, step)
-            raise UserError(
-                f"the loss {loss.item()} or its gradient at step {step + 1} is not finite: lower --learning_rate; "
-                f"the state before this step is in {path}"
-            )
-        run.scheduler.step()
-        clock.mark("train")
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple] = []
+        self.mark("start")
 
-        done = step + 1
-        record = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": norm, "pool": len(pool)}
-        record |= {"kept": len(choice.kept), "selected": len(rows), "skipped_probes": choice.skipped_probes}
-        record |= {"tokens": sum(map(run.train.length, rows.tolist())), "probe_tokens": choice.probe_tokens}
-        record |= clock.read() | {"comm_bytes": run.comm_bytes}
-        bar.set_postfix(loss=f"{record['loss']:.4f}")
-        if accelerator.is_main_process:
-            number = run.train.numbers
-            picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
-            append(folder / "metrics.jsonl", record)
-            append(folder / "selection.jsonl", {"step": done} | {k: number[v].tolist() for k, v in picked.items()})
-        if args.report_to:
-            accelerator.log(record, step=done)
-        last = done == args.max_steps
-        if run.evaluation is not None and (last or (args.eval_every and done % args.eval_every == 0)):
-            log_evaluation(run, done)
-        stop = bool(run.add_up(torch.tensor(float(run.stop), device=device)))
-        if stop or (args.save_every and (last or done % args.save_every == 0)):
-            path = save_checkpoint(run, done)
-        if stop and not last:
-            accelerator.print(f"stopped by SIGTERM after step {done}: go on from {path} with --resume auto")
-            raise SystemExit(0)
+    def mark(self, name: str) -> None:
+        """End the phase `name`."""
+        if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+            peak = torch.cuda.memory.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"]
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.marks.append((name, now, peak / 1e9))
+
+    def read(self) -> dict:
+        """{phase}_s and {phase}_gb since the mark before, step_s and peak_gb over all."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+        def seconds(a, b):
+            return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+
+        record = {}
+        for phase in ("probe", "select", "train"):
+            record |= {f"{phase}_s": 0.0, f"{phase}_gb": 0.0}
+        for (_, before, _), (phase, now, peak) in itertools.pairwise(self.marks):
+            record |= {f"{phase}_s": seconds(before, now), f"{phase}_gb": peak}
+        record["step_s"] = seconds(self.marks[0][1], self.marks[-1][1])
+        record["peak_gb"] = max(peak for _, _, peak in self.marks[1:])
+        return {key: round(value, 6) for key, value in record.items()}
 
 
-def log_evaluation(run: Run, step: int) -> None:
-    record = {"step": step} | evaluate(run)
+def append(path: Path, record: dict) -> None:
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}): free space in {path.parent}, then resume from the last "
+            "checkpoint with --resume auto"
+        ) from None
+
+
+def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
+    """Records up to `last_step`; a line that a kill cut short ends them."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= last_step:
+            records.append(record)
+    return records
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop the records that a resumed run will write again."""
+    for name in ("metrics.jsonl", "selection.jsonl", "eval.jsonl"):
+        records = read_records(folder / name, step)
+        with replacing(folder / name) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def rows_by_source(run: Run) -> dict[str, list[int]]:
+    """How many rows of each source were drawn, kept and selected so far, from selection.jsonl."""
+    data = run.train
+    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
+    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
+    for record in read_records(Path(run.args.output_dir) / "selection.jsonl"):
+        for key, of_source in counts.items():
+            for row in record[key]:
+                of_source[source_of[row]] += 1
+    return counts
+
+
+def draw_run(run: Run) -> None:
+    """OUTPUT/run.png: loss, schedule, selection, time and memory of the run so far, for --report_to png."""
+    from matplotlib.figure import Figure
+
+    folder = Path(run.args.output_dir)
+    metrics, evals = read_records(folder / "metrics.jsonl"), read_records(folder / "eval.jsonl")
+    steps = [record["step"] for record in metrics]
+
+    def column(name: str) -> list[float]:
+        return [record[name] for record in metrics]
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    (losses, per_source, schedule), (selection, seconds, memory) = figure.subplots(2, 3)
+
+    losses.plot(steps, column("loss"), color="0.7", label="coreset")
+    eval_steps = [record["step"] for record in evals]
+    for name, label in (("eval_loss", "held out, per example"), ("eval_loss_source_mean", "mean over sources")):
+        losses.plot(eval_steps, [record[name] for record in evals], marker="o", label=label)
+    losses.set_title("loss, nats a token")
+
+    for source in run.train.names[:20]:  # more lines than that can't be told apart
+        seen = [record for record in evals if source in record["eval_loss_of"]]
+        points = [(record["step"], record["eval_loss_of"][source]) for record in seen]
+        if points:
+            per_source.plot(*zip(*points, strict=True), marker=".", label=source)
+    per_source.set_title("held-out loss of each source")
+
+    schedule.plot(steps, column("grad_norm"), color="0.7", label="gradient norm, before clipping")
+    schedule.set_yscale("log")
+    rate = schedule.twinx()
+    rate.plot(steps, column("lr"), color="C1")
+    rate.set_ylabel("learning rate", color="C1")
+    schedule.set_title("gradient norm and learning rate")
+
+    places = range(len(run.train.names))
+    for key, label, offset in (("pool", "of pools", -0.2), ("selected", "of coresets", 0.2)):
+        count = torch.tensor(rows_by_source(run)[key])  # [sources]
+        share = (100 * count / count.sum()).tolist()
+        selection.barh([place + offset for place in places], share, 0.4, label=label)
+    if len(places) <= 30:
+        selection.set_yticks(places, [name[:24] for name in run.train.names], fontsize="small")
+    selection.invert_yaxis()
+    selection.set_title("share of each source, %")
+
+    phases = ("probe", "select", "train")
+    seconds.stackplot(steps, [column(f"{phase}_s") for phase in phases], labels=phases)
+    seconds.set_ylim(0, 2 * sorted(column("step_s"))[len(steps) // 2])  # a first step that compiles is off the scale
+    seconds.set_title("seconds of a step")
+
+    memory.plot(steps, column("peak_gb"))
+    memory.set_ylim(0, 1.1 * max(column("peak_gb")))
+    memory.set_title("peak memory, GB")
+
+    for axes in (losses, per_source, schedule, selection, seconds):
+        axes.legend(fontsize="small")
+    for axes in (losses, per_source, schedule, seconds, memory):
+        axes.set_xlabel("step")
+    figure.suptitle(run.args.run_name or folder.absolute().name)
+    with replacing(folder / "run.png") as aside:
+        figure.savefig(aside, format="png", dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+FREE_ON_RESUME = {  # settings that may differ when a run resumes; every other one shapes the result
+    *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
+    *("report_to", "trust_remote_code", "train_file", "cache_dir"),  # paths may move; the data is compared
+    *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
+}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in an output folder, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def save_model(run: Run, folder: Path, weights: dict) -> None:
+    """A PEFT adapter or a whole model, its tokenizer, and the settings it was trained with."""
+    remove(folder)
+    run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
+    run.tokenizer.save_pretrained(folder)
+    (folder / "settings.json").write_text(json.dumps(run.settings, indent=1))
+    chat = {"chat_template": run.train.rendering == "messages"}  # how an evaluation should ask
+    (folder / "colm_prompts.json").write_text(json.dumps(chat))
+
+
+def save_checkpoint(run: Run, step: int) -> Path:
+    """The model after `step` optimizer steps, with what a resumed run needs besides it in state.pt."""
+    if run.saved and step_of(run.saved) == step:  # resumed from it, or saved a moment ago
+        return run.saved
+    weights, optimizer = run.trained_state()  # every rank takes part in gathering them; the main process writes
+    state = {"step": step, "optimizer": optimizer, "scheduler": run.scheduler.state_dict()}
+    state["moments"] = run.moments.state_dict()
+    clustered = run.args.cluster_sources and step > run.args.cluster_warmup
+    state["clusters"] = run.train.sources if clustered else None
+    path = Path(run.args.output_dir) / f"checkpoint-{step:06d}"
+
+    def write():
+        with replacing(path) as aside:
+            save_model(run, aside, weights)
+            torch.save(state, aside / "state.pt")
+        for old in checkpoints(path.parent)[: -run.args.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    on_main(run, write, f"checkpoint of step {step}")
+    run.saved = path
+    return path
+
+
+def save_final(run: Run) -> Path:
+    weights, _ = run.trained_state()
+    path = Path(run.args.output_dir) / "final"
+
+    def write():
+        with replacing(path) as aside:
+            save_model(run, aside, weights)
+
+    on_main(run, write, "final model")
+    return path
+
+
+def on_main(run: Run, action, what: str) -> None:
+    """The main process acts; all ranks learn whether it could, or the others would wait for it for ever."""
+    problem = None
     if run.accelerator.is_main_process:
-        append(Path(run.args.output_dir) / "eval.jsonl", record)
-    if run.args.report_to:
-        flat = {k: v for k, v in record.items() if isinstance(v, float)}
-        run.accelerator.log(flat | {f"eval_loss/{k}": v for k, v in record["eval_loss_of"].items()}, step=step)
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            reason = " ".join(str(error).split())[:160]
+            problem = (
+                f"the {what} could not be written ({reason}): free space in {run.args.output_dir}, then resume from "
+                "the last checkpoint with --resume auto"
+            )
+    if run.all_reduce(torch.tensor(float(problem is not None), device=run.device)):
+        raise UserError(problem or f"the main process could not write the {what}")
+
+
+def settings_of(args, train: TokenizedRows) -> dict:
+    """What shapes the result of a run: flags, model and data."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    return settings | {"model": model_fingerprint(args), "training data": train.fingerprint()}
+
+
+def find_checkpoint(args, folder: Path) -> Path | None:
+    """The checkpoint to resume from, after checking that the output folder may be used."""
+    holds_a_run = bool(checkpoints(folder)) or (folder / "metrics.jsonl").exists()
+    if args.resume not in (None, "auto"):
+        path = Path(args.resume)
+        if not (path / "state.pt").exists() or not (path / "settings.json").exists():
+            raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
+        own = path.resolve().parent == folder.resolve()
+        if args.overwrite or (not own and holds_a_run):
+            raise UserError(f"--resume {path} would delete what --output_dir {folder} holds: choose another folder")
+        return path
+    if args.resume and args.overwrite:
+        raise UserError("--resume auto and --overwrite exclude each other: drop one")
+    for path in (folder, folder / "final"):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: remove the link")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file: choose another folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {folder}: {existing} is not writable: choose another folder")
+    if args.resume is None and not args.overwrite and holds_a_run:
+        raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
+    if args.resume == "auto" and checkpoints(folder):
+        return checkpoints(folder)[-1]
+    return None
+
+
+def check_settings(args, settings: dict, checkpoint: Path) -> None:
+    """A resumed run must compute what the run that it resumes would have computed."""
+    try:
+        saved = json.loads((checkpoint / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{checkpoint}/settings.json can't be read: resume from another checkpoint") from None
+    for name, value in settings.items():
+        before = saved.get(name)
+        if before == value:
+            continue
+        if name == "max_steps" and before is not None and value > before:
+            check_extension(args, before, step_of(checkpoint))
+            continue
+        flag = name if " " in name else f"--{name}"
+        raise UserError(
+            f"{flag} is {value}, but {checkpoint} was made with {before}: use the same, or start another --output_dir"
+        )
+
+
+def check_extension(args, before: int, done: int) -> None:
+    """A longer run is the same run as long as no step done depends on its length."""
+    if args.lr_scheduler != "constant":
+        raise UserError(
+            f"--max_steps {args.max_steps} is more than the {before} of the run, whose {args.lr_scheduler} schedule "
+            "ends there: only --lr_scheduler constant can be extended"
+        )
+    if args.cluster_sources:
+        raise UserError(
+            f"--max_steps {args.max_steps} is more than the {before} of the run, over which --cluster_updates are "
+            "spread: a run with --cluster_sources can't be extended"
+        )
+    if math.ceil(args.warmup_ratio * args.max_steps) > done:
+        raise UserError(
+            f"--max_steps {args.max_steps} lengthens the warm-up beyond the {done} steps done: lower it, or resume "
+            "from a later checkpoint"
+        )
+
+
+def load_checkpoint(run: Run, path: Path) -> int:
+    """Restore everything but the model's weights, which `load_model` has read; returns the number of steps done."""
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut or foreign file fails in many ways
+        raise UserError(f"{path}/state.pt can't be read ({type(error).__name__}): use another checkpoint") from None
+    if state["optimizer"]["state"]:  # else setting it would make a step: no update had been made
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
+    run.scheduler.load_state_dict(state["scheduler"])
+    moments = state["moments"]
+    for name in ("m", "v"):
+        if moments[name] is not None:
+            moments[name] = moments[name].to(run.device)
+    run.moments.load_state_dict(moments)
+    if state["clusters"] is not None:
+        use_clusters(run, state["clusters"])
+    run.saved = path
+    return state["step"]
+
+
+def check_agreement(run: Run, start: int) -> None:
+    """Ranks never exchange rows, so all must see the same data, flags and checkpoint."""
+    mine = torch.tensor([start, seed_of(run.settings)])
+    differs = (run.broadcast(mine) != mine).any()
+    if run.all_reduce(differs.float().to(run.device)):
+        raise UserError("the hosts differ in data, flags or checkpoint: give all the same, and a shared --output_dir")
+
+
+@contextmanager
+def open_output(run: Run, checkpoint: Path | None, start: int):
+    """Hold the output folder for the duration of a block, cleared of what this run will write again.
+
+    The system gives the lock up when the process ends, however it ends: none is ever stale.
+    """
+    folder = Path(run.args.output_dir)
+    lock = None
+
+    def prepare():
+        nonlocal lock
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {folder} is in use by another process: choose another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        if find_checkpoint(run.args, folder) != checkpoint:  # written to since this run looked
+            raise UserError(f"--output_dir {folder} has been written to by another run: start again")
+        stale = [path for path in checkpoints(folder) if run.args.overwrite or step_of(path) > start]
+        if run.args.overwrite:
+            stale += [folder / "final", folder / "tensorboard", folder / "wandb_id"]
+        for path in [*folder.glob("tmp-*"), *stale]:
+            remove(path)
+        rewind(folder, start if checkpoint else -1)
+
+    try:
+        on_main(run, prepare, "output folder")
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
 
 
 def kept_how(args) -> str:
     return "kept whole" if args.keep_share == 1 else "kept in part"
+
+
+def announce(run: Run) -> None:
+    """What a reader wants to know before the first step."""
+    args, data = run.args, run.train
+    say = run.accelerator.print
+    counts = torch.bincount(data.sources, minlength=len(data.names))
+    small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"
+    say(f"{len(data)} rows of {len(data.names)} sources; {kept_how(args)}: {small}")
+    if args.selection not in ("colm", "random_keep"):
+        return
+    share = sum(counts[sorted(run.keep)].tolist()) / len(data)
+    share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size
+    if share * args.pool_size > args.coreset_size:
+        say(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
+    if len(data.names) > args.coreset_size:
+        say(
+            f"{len(data.names)} sources outnumber the {args.coreset_size} examples of a coreset: in a step most big "
+            "sources get none or one, drawn by lot; a coarser --source_field or --cluster_sources would say more"
+        )
 
 
 def summary(run: Run, final: Path) -> str:
@@ -1027,26 +1623,58 @@ def summary(run: Run, final: Path) -> str:
         before, after, what = evals[0]["eval_loss"], evals[-1]["eval_loss"], "held-out loss"
     else:
         tenth = max(1, len(metrics) // 10)
-        before = sum(r["loss"] for r in metrics[:tenth]) / tenth
-        after, what = sum(r["loss"] for r in metrics[-tenth:]) / tenth, "training loss, first and last tenth"
-    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
-    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
-    for record in read_records(folder / "selection.jsonl"):
-        for key, tally in counts.items():
-            for row in record[key]:
-                tally[source_of[row]] += 1
+        before = sum(record["loss"] for record in metrics[:tenth]) / tenth
+        after = sum(record["loss"] for record in metrics[-tenth:]) / tenth
+        what = "training loss, first and last tenth"
+    counts = rows_by_source(run)
     sizes = torch.bincount(data.sources, minlength=len(data.names)).tolist()
     lines = [f"\n{what}: {before:.4f} -> {after:.4f} in {len(metrics)} steps"]
     if run.args.cluster_sources:
-        lines += ["sources as clustered last:"]
-    lines += [f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}"]
+        lines.append("sources as clustered last:")
+    lines.append(f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}")
     for q, name in enumerate(data.names):
-        small = f"  ({kept_how(run.args)})" if q in run.keep else ""
-        lines += [f"{name[:32]:<32} {sizes[q]:>8} " + " ".join(f"{counts[k][q]:>8}" for k in counts) + small]
+        line = f"{name[:32]:<32} {sizes[q]:>8} {counts['pool'][q]:>8} {counts['kept'][q]:>8} {counts['selected'][q]:>8}"
+        lines.append(f"{line}  ({kept_how(run.args)})" if q in run.keep else line)
     if data.shortened or data.dropped:
-        lines += [f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length"]
+        lines.append(f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length")
     kind = "adapter" if run.args.lora_r else "model"
-    return "\n".join([*lines, f"{kind}: {final}"])
+    lines.append(f"{kind}: {final}")
+    return "\n".join(lines)
+
+
+def start_trackers(run: Run, start: int) -> None:
+    """Begin the curves of --report_to, or continue those of the run that is resumed."""
+    args, folder = run.args, Path(run.args.output_dir)
+    options = {}
+    if "tensorboard" in args.report_to and start > 0:
+        options["tensorboard"] = {"purge_step": start + 1}  # steps that will be made again are shown once
+    if "wandb" in args.report_to and run.accelerator.is_main_process:
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        name = args.run_name or folder.absolute().name
+        options["wandb"] = {"name": name, "id": identity.read_text(), "resume": "allow"}
+    project = os.environ.get("WANDB_PROJECT", "colm")
+    config = {name: str(value) for name, value in vars(args).items()}
+    run.accelerator.init_trackers(project, config=config, init_kwargs=options)
+
+
+def stop_on_signals(run: Run) -> None:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run after the step under way, with a checkpoint."""
+
+    def ask(number, frame):
+        run.stop = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, ask)
+    # `accelerate launch` runs a single process as its child and passes no signal on: have the kernel send one when the
+    # launcher ends. A shell is no launcher: a run in its background outlives it.
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if parent.exists() and b"accelerate" in parent.read_bytes():
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def main(argv: list[str]) -> None:
@@ -1054,8 +1682,7 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     checkpoint = find_checkpoint(args, folder)
     tokenizer = load_tokenizer(args)
-    is_main = os.environ.get("RANK", "0") == "0"
-    train, held_out, keep = load_data(args, tokenizer, show=is_main)
+    train, held_out, keep = load_data(args, tokenizer, show=os.environ.get("RANK", "0") == "0")
     args.max_steps = args.max_steps or max(1, int(args.num_epochs * (len(train) // args.pool_size)))
     if args.cluster_sources and args.cluster_warmup >= args.max_steps:
         raise UserError(
@@ -1063,35 +1690,25 @@ def main(argv: list[str]) -> None:
         )
     settings = settings_of(args, train)
     if checkpoint:
-        check_settings(settings, checkpoint)
+        check_settings(args, settings, checkpoint)
     accelerator = make_accelerator(args)
-    model = load_model(args, accelerator, tokenizer)
+    model = load_model(args, accelerator, tokenizer, checkpoint)
     run = build_run(args, accelerator, tokenizer, model, train, held_out, keep)
     run.settings = settings
-    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     start = load_checkpoint(run, checkpoint) if checkpoint else 0
     check_agreement(run, start)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        stale = [path for path in checkpoints(folder) if args.overwrite or step_of(path) > start]
-        for leftover in [*folder.glob("tmp-*"), *stale, *([folder / "final"] if args.overwrite else [])]:
-            remove(leftover)
-        rewind(folder, start if checkpoint else -1)
-    accelerator.wait_for_everyone()
-    if args.report_to:
-        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers("colm", config=plain)
-    small = ", ".join(train.names[q] for q in sorted(keep)) or "none"
-    accelerator.print(f"{len(train)} rows of {len(train.names)} sources; {kept_how(args)}: {small}")
-    share = sum(torch.bincount(train.sources)[sorted(keep)].tolist()) / len(train)
-    share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size
-    if args.selection in ("colm", "random_keep") and share * args.pool_size > args.coreset_size:
-        accelerator.print(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
-    train_loop(run, start)
-    final = save_final(run)
-    accelerator.print(summary(run, final) if accelerator.is_main_process else "")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    stop_on_signals(run)
+    with open_output(run, checkpoint, start):
+        start_trackers(run, start)
+        announce(run)
+        train_loop(run, start)
+        final = save_final(run)
+        if accelerator.is_main_process:
+            if "png" in args.report_to:
+                draw_run(run)
+            accelerator.print(summary(run, final))
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 def cli(argv: list[str]) -> None:
