@@ -1,31 +1,31 @@
 """CoLM in plain PyTorch: mini-batch coresets for fine-tuning language models on data mixtures.
 
 Every formula of Nguyen et al., "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures"
-(ICLR 2025, arXiv 2407.19580v4), under its section or equation. The file needs torch alone: copy it into your own
-repository. `train_colm.py` is the complete trainer; a step in your own loop reads
+(ICLR 2025, arXiv 2407.19580v4), in the order of the algorithm and under its section or equation. The file needs torch
+alone: copy it into your own repository. `train_colm.py` is the complete trainer; a step in your own loop reads
 
-    probe, logits = VProjectionProbe(model), LabelledLogits(model)      # once: no weight is changed
-    moments = AdamMoments(optimizer.defaults["betas"])                  # once: the history of Eq. 3-4
-    keep = small_sources(counts)                                        # {source id: rows in the training set}
+    probe = VProjectionProbe(model)                              # once: no weight is changed
+    moments = AdamMoments(optimizer.defaults["betas"])           # once: the history of Eq. 3-4
+    keep = small_sources(counts)                                 # once: {source id: rows in the training set}
 
-    batch = collate(pool).to(device)      # N pairs (token ids [T], prompt length); sources: integers [N]
-    model.eval()
-    g = probe.gradients(lambda: example_losses(model, logits, batch))                       # [N, D]
+    model.eval()                                                 # pool: input_ids, attention_mask, labels, each [N, T]
+    g = probe.gradients(lambda: example_losses(model, pool))     # [N, D]; sources: integers [N]
     coreset = select_coreset(moments.normalize(g), sources, k=64, keep=keep)
-    picked = coreset.index.tolist()
-    moments.update(g[[i for i in picked if int(sources[i]) not in keep]])
+    big = [i for i in coreset.index.tolist() if int(sources[i]) not in keep]
+    moments.update(g[big])
     model.train()
-    example_losses(model, logits, collate([pool[i] for i in picked]).to(device)).mean().backward()
+    batch = {name: tensor[coreset.index] for name, tensor in pool.items()}
+    example_losses(model, batch).mean().backward()
 
-Symbols: N pool size, K coreset size, B micro-batch rows, T tokens, M supervised tokens, D probed numbers (V rows x LoRA
-rank), h kept coordinates, S sources. A comment `DIFFERS n` marks a departure from the paper or its official code; the
-README gives the reason under the same number.
+Symbols: N pool size, K coreset size, B rows and T tokens of a micro-batch, D probed numbers (V rows x LoRA rank), h
+kept coordinates, S sources, C copies of a batch. A comment `DIFFERS n` stands on a line that departs from the paper or
+its official code; the README gives the reason under the same number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -34,7 +34,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# ------------------------------------------------------------------------------------------ sources and budgets (4.1)
+AllReduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all ranks, on every rank
+
+
+def one_process(tensor: Tensor) -> Tensor:
+    """The all-reduce of a single process."""
+    return tensor
+
+
+# -------------------------------------------------------------------------------------------- sources and budgets (4.1)
 
 
 def small_sources(counts: Mapping[Hashable, int]) -> set:
@@ -43,12 +51,14 @@ def small_sources(counts: Mapping[Hashable, int]) -> set:
     return {source for source, count in counts.items() if count * len(counts) < total}
 
 
-def allocate_budget(counts: Tensor, budget: int) -> Tensor:
+def allocate_budget(counts: Tensor, budget: int, generator: torch.Generator | None = None) -> Tensor:
     """Share `budget` over sources in proportion to their pool `counts` [S]; sums to min(budget, counts.sum()) (4.1).
 
     b_q = (K - |S_s|) |V_q| / (N - |S_s|), with `budget` = K - |S_s| and the counts those of the big sources.
 
-    Floors first, then +1 to the smallest budgets (ties: the first), never above a source's count.   # DIFFERS 1
+    The shares are rounded down, and what is left goes out one by one to the smallest shares, as in the official code.
+    Where shares tie, `generator` (the global one if None) decides who gets it. An order by position would starve the
+    sources that stand late in a file: of 280 sources with one row each, the last third was never trained on.
     """
     counts = counts.long()
     total = int(counts.sum())
@@ -56,103 +66,13 @@ def allocate_budget(counts: Tensor, budget: int) -> Tensor:
         raise ValueError(f"budget {budget} is negative: it must be 0 or more")
     if budget >= total:
         return counts.clone()
-    shares = counts * budget // total
-    order = torch.argsort(torch.where(shares < counts, shares, total), stable=True)
-    shares[order[: budget - int(shares.sum())]] += 1  # a remainder below S, and every floor lies below its count
+    shares = counts * budget // total  # [S]; every share lies below its count, since budget < total
+    left = budget - int(shares.sum())  # below S
+    shuffled = torch.randperm(len(counts), generator=generator).to(counts.device)
+    open_to_more = torch.where(shares < counts, shares, total)  # DIFFERS 1: no budget exceeds its source's count
+    smallest_first = shuffled[open_to_more[shuffled].argsort(stable=True)]  # DIFFERS 1: ties are drawn
+    shares[smallest_first[:left]] += 1
     return shares
-
-
-# ------------------------------------------------------------------------------------------------ medoids (4.2, Eq. 8)
-
-
-def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
-    """Similarity of every pair of rows, [..., N, H] -> [..., N, N]: largest distance - distance, or the cosine.
-
-    L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8); l2 and cosine are options.
-    """
-    if metric == "cosine":
-        x = F.normalize(x, dim=-1)
-        return x @ x.mT
-    if metric not in ("l1", "l2"):
-        raise ValueError(f"metric {metric!r} is unknown: use l1, l2 or cosine")
-    p = {"l1": 1.0, "l2": 2.0}[metric]
-    distance = torch.cdist(x, x, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.amax((-2, -1), keepdim=True) - distance if distance.numel() else distance
-
-
-TIE = 2.0**-18  # gains within this share of N x `scale` are equal
-
-
-def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8), in float64 on its own device.
-
-    Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
-    earlier medoid wins a tie, and every medoid serves itself). A row that nobody serves counts 0, as in the official
-    code. Ties are the rule, not the exception (either of two rows can serve both; so can any between the two medians of
-    a line, and one SPSA direction puts all rows on a line): they go to the lowest index, and rounding must not decide
-    them.   # DIFFERS 7
-    `scale` is the size of what was rounded, by default the largest similarity.
-    """
-    n = len(similarity)
-    if not 0 <= k <= n:
-        raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
-    similarity = similarity.detach().double()
-    if not k:
-        return (torch.zeros(0, dtype=torch.long, device=similarity.device),) * 2
-    scale = similarity.abs().max() if scale is None else scale.to(similarity)
-    index = greedy_picks(similarity[None], k, TIE * n * scale.view(1, 1))  # [1, k]
-    return index[0], cluster_sizes(similarity[None], index)[0]
-
-
-def greedy_picks(similarity: Tensor, k: int, tie: Tensor) -> Tensor:
-    """What `facility_location` picks in S sets of rows at once: float64 [S, N, N] and `tie` [S, 1] -> [S, k > 0].
-
-    Smaller sets are filled up with similarities of 0: they add nothing, and come after the rows that they tie with.
-    """
-    best = similarity.new_zeros(similarity.shape[:2])  # [S, N], how well each row is served
-    picked, index = torch.zeros_like(best, dtype=torch.bool), []
-    for _ in range(k):
-        gain = (similarity - best[:, :, None]).clamp_(min=0).sum(1)  # [S, N], what each candidate would add
-        gain.masked_fill_(picked, -math.inf)
-        index.append((gain >= gain.amax(1, keepdim=True) - tie).int().argmax(1, keepdim=True))  # [S, 1]
-        picked.scatter_(1, index[-1], True)
-        best = torch.maximum(best, similarity.take_along_dim(index[-1][:, None], 2)[:, :, 0])
-    return torch.cat(index, 1)
-
-
-def cluster_sizes(similarity: Tensor, index: Tensor, own: Tensor | None = None, unused: Tensor | None = None) -> Tensor:
-    """How many of its set's `own` rows [S, N] each medoid serves best, [S, N, N] and `index` [S, k > 0] -> [S, k].
-
-    Medoids that are `unused` [S, k] serve nobody.
-    """
-    served = similarity.take_along_dim(index[:, None], 2).scatter_(1, index[:, None], math.inf)  # [S, N, k]
-    if unused is not None:
-        served.masked_fill_(unused[:, None], -math.inf)
-    owner = F.one_hot(served.argmax(2), index.shape[1])  # [S, N, k]
-    return (owner if own is None else owner * own[:, :, None]).sum(1)
-
-
-def sparsify(x: Tensor, h: int, own: Tensor | None = None) -> Tensor:
-    """Keep the h coordinates with the largest |mean over rows|, [..., N, D] -> [..., N, min(h, D)] (4.2, Table 4).
-
-    Rows that are not `own` [..., N] count for nothing in the mean.
-    """
-    if h >= x.shape[-1]:
-        return x
-    counted = x if own is None else x.masked_fill(~own.to(x.device)[..., None], 0)
-    return x.take_along_dim(largest_coordinates(counted.sum(-2), h)[..., None, :], -1)
-
-
-def largest_coordinates(sums: Tensor, h: int) -> Tensor:
-    """Where the summed features of a source are largest in magnitude, [..., D] -> [..., min(h, D)].
-
-    Magnitudes within 1/4096 of the largest are ties, which go to the lowest coordinate: with no history yet all
-    features are +-1, their sums whole numbers, and rounding (the number of ranks) would choose.   # DIFFERS 8
-    """
-    magnitude, dims = sums.abs(), sums.shape[-1]
-    steps = (magnitude * (4096 / magnitude.amax(-1, keepdim=True).clamp_min(1e-30))).round().long()
-    keys = steps * dims - torch.arange(dims, device=sums.device)  # no two alike
-    return keys.topk(min(h, dims), dim=-1).indices
 
 
 # ------------------------------------------------------------------------------------- Adam normalisation (Eq. 3 and 4)
@@ -165,34 +85,36 @@ class AdamMoments:
     """
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.betas, self.eps = tuple(betas), eps
+        self.betas = tuple(betas)
+        self.eps = eps
         self.m: Tensor | None = None  # [D], None until the first update: a history of zeros
         self.v: Tensor | None = None  # [D]
-        self.updates = 0  # DIFFERS 2: bias correction counts the updates of this history, not the global steps
+        self.updates = 0
 
-    def normalize(self, g: Tensor, coordinates: Tensor | None = None) -> Tensor:
-        """Feature of every gradient, [N, D] -> [N, D]; where g [N, h] holds only `coordinates` [N, h], of those."""
-        (b1, b2), t = self.betas, self.updates + 1
-        m, v = (g.new_zeros(()), g.new_zeros(())) if self.m is None else (self.m, self.v)
-        if coordinates is not None and self.m is not None:
-            m, v = m[coordinates], v[coordinates]
-        m = torch.add(m * (b1 / (1 - b1**t)), g, alpha=(1 - b1) / (1 - b1**t))
-        v = torch.addcmul(v * (b2 / (1 - b2**t)), g, g, value=(1 - b2) / (1 - b2**t))
-        return m.div_(v.sqrt_().add_(self.eps))
+    def normalize(self, g: Tensor) -> Tensor:
+        """The feature of every gradient, [N, D] -> [N, D]."""
+        b1, b2 = self.betas
+        m, v = (0.0, 0.0) if self.m is None else (self.m, self.v)
+        t = self.updates + 1  # DIFFERS 2: bias correction counts the updates of this history, not the global steps
+        m_hat = (b1 * m + (1 - b1) * g) / (1 - b1**t)  # [N, D]
+        v_hat = (b2 * v + (1 - b2) * g.square()) / (1 - b2**t)  # [N, D]
+        return m_hat / (v_hat.sqrt() + self.eps)
 
-    def update(self, g_selected: Tensor) -> None:
-        """m <- mean of m_i, v <- mean of v_i over the selected big-source gradients [M, D]; nothing when M = 0."""
-        self.update_from_sums(g_selected.sum(0), g_selected.square().sum(0), len(g_selected))
+    def update(self, g: Tensor, all_reduce: AllReduce = one_process, count: int | None = None) -> None:
+        """m <- mean of m_i, v <- mean of v_i over the selected big-source gradients [M, D]; nothing when M = 0.
 
-    def update_from_sums(self, g_sum: Tensor, g_square_sum: Tensor, count: int) -> None:
-        """The same from sum of g [D], sum of g^2 [D] and their count M: what ranks can add up."""
+        When ranks hold different rows, `g` [0..M, D] are this rank's, and `count` is M. The tensors m and v are
+        replaced, not written, so a shallow copy of this object keeps the history of before.
+        """
+        count = len(g) if count is None else count
         if count == 0:
             return
         b1, b2 = self.betas
-        if self.m is None:
-            self.m, self.v = torch.zeros_like(g_sum), torch.zeros_like(g_square_sum)
-        self.m = b1 * self.m + (1 - b1) / count * g_sum
-        self.v = b2 * self.v + (1 - b2) / count * g_square_sum
+        mean_g = all_reduce(g.sum(0)) / count  # [D]
+        mean_g_squared = all_reduce(g.square().sum(0)) / count  # [D]
+        m, v = (0.0, 0.0) if self.m is None else (self.m, self.v)
+        self.m = b1 * m + (1 - b1) * mean_g  # the mean of m_i: the history m is common to all of them
+        self.v = b2 * v + (1 - b2) * mean_g_squared
         self.updates += 1
 
     def state_dict(self) -> dict:
@@ -202,155 +124,97 @@ class AdamMoments:
         self.m, self.v, self.updates = state["m"], state["v"], state["updates"]
 
 
-# ------------------------------------------------------------------------------------- features of a pool, in chunks
+# --------------------------------------------------------------------------------------------- sparsification (Table 4)
 
 
-def groups_of(parts: list[Tensor], size: int) -> list[list[Tensor]]:
-    """Neighbours of at most `size` rows together: on a GPU joining them takes less than launching more kernels."""
-    groups: list[list[Tensor]] = []
-    for part in parts:
-        if not groups or sum(map(len, groups[-1])) + len(part) > size:
-            groups.append([])
-        groups[-1].append(part)
-    return groups
+def sparsify(x: Tensor, h: int, all_reduce: AllReduce = one_process) -> Tensor:
+    """Keep the h coordinates with the largest |mean over rows|, [n, D] -> [n, min(h, D)] (4.2, Table 4).
 
-
-class PoolGradients:
-    """Per-example gradients of a pool [n, D], handed out in chunks, so that device memory need not grow as n x D.
-
-    SPSA keeps `derivatives` [n, directions] and `z` and makes the rows g_i = mean_k d_ik z_k when asked (Eq. 6). Rows
-    of the exact probe are stored with `add`, on the host beyond `device_bytes`.
+    `x` are the features of one source; when ranks hold different rows of it, `all_reduce` adds up their sums. A row
+    that is not finite counts for nothing in the mean and comes out as NaN.
     """
+    if h >= x.shape[1]:
+        return x
+    broken = ~x.isfinite().all(1, keepdim=True)  # [n, 1]
+    sums = all_reduce(x.masked_fill(broken, 0).sum(0))  # DIFFERS 3: one row that is not finite spoils no other
+    magnitude = sums.abs()  # [D]; the mean's order is the sum's
 
-    CHUNK = 1 << 25  # numbers in one chunk: 128 MiB in float32
-
-    def __init__(self, dims: int, derivatives: Tensor | None = None, z: Tensor | None = None, device_bytes=1 << 30):
-        self.dims, self.derivatives, self.z, self.device_bytes = dims, derivatives, z, device_bytes
-        self.blocks: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        """Append exact gradients [B, D]."""
-        stored = sum(block.nbytes for block in self.blocks)
-        self.blocks.append(rows if stored + rows.nbytes <= self.device_bytes else rows.cpu())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        stored = self.blocks if self.derivatives is None else [self.derivatives]
-        return stored[0].dtype if stored else torch.float32
-
-    def chunks(self, device):
-        """Yield (slice of examples, their gradients [chunk, D] on `device`) in order."""
-        size, start = max(1, self.CHUNK // self.dims), 0
-        on_host = torch.device(device).type == "cpu"
-        if not on_host:
-            self._join(size)
-        blocks = self.blocks if self.derivatives is None else [self.derivatives]
-        parts = [part for block in blocks for part in block.split(size)]
-        for group in [[part] for part in parts] if on_host else groups_of(parts, size):
-            group = [part.to(device) for part in group]
-            part = torch.cat(group) if len(group) > 1 else group[0]
-            yield slice(start, start + len(part)), self._rows(part)
-            start += len(part)
-
-    def _join(self, size: int) -> None:
-        """Blocks that lie on a device become blocks of up to `size` rows, for good: three passes go over them."""
-        groups, self.blocks = groups_of(self.blocks, size), []
-        while groups:
-            group = groups.pop(0)
-            one = len(group) == 1 or group[-1].device.type == "cpu"
-            self.blocks += group if one else [torch.cat(group)]
-
-    def _rows(self, part: Tensor) -> Tensor:
-        return part if self.derivatives is None else part @ self.z.flatten(1) / len(self.z)
-
-    def sums(self, mask: Tensor, device) -> tuple[Tensor, Tensor]:
-        """Sum of g and of g^2 over the examples in `mask` [n], each [D]: what AdamMoments.update_from_sums adds up."""
-        total = torch.zeros(2, self.dims, dtype=self.dtype, device=device)
-        for rows, g in self.chunks(device):
-            g = g[mask[rows].nonzero()[:, 0].to(device, non_blocking=True)]
-            total += torch.stack([g.sum(0), g.square().sum(0)])
-        return total[0], total[1]
+    # DIFFERS 8: magnitudes within 1/4096 of the largest are ties, and ties go to the lowest coordinate. Without a
+    # history all features are +-1 and their sums small whole numbers, so most coordinates tie; then rounding, and with
+    # it the number of ranks, would choose. 4096 steps lie far above rounding and tell apart the sums of 4096 such rows.
+    steps = (magnitude * (4096 / magnitude.max().clamp_min(1e-30))).round().long()  # [D]
+    dims = len(steps)
+    unique_keys = steps * dims - torch.arange(dims, device=x.device)  # orders by steps, then by lowest coordinate
+    coordinates = unique_keys.topk(h).indices  # [h]
+    return x[:, coordinates].masked_fill(broken, math.nan)
 
 
-def sparse_features(
-    gradients: PoolGradients,
-    sources: Tensor,
-    num_sources: int,
-    moments: AdamMoments,
-    h: int,
-    device,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> Tensor:
-    """Adam-normalised features on each source's h largest coordinates, [n, min(h, D)] (4.2), in two chunked passes.
+# ------------------------------------------------------------------------------------------------- medoids (4.2, Eq. 8)
 
-    `sources` [n] lie in 0..num_sources - 1. `reduce` sums a tensor over the ranks when each holds other rows. A row
-    that is not finite counts for nothing in the choice of coordinates and stays not finite.
+
+def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
+    """Similarity of every pair of rows, [N, H] -> [N, N]: largest distance - distance, or the cosine.
+
+    L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8); l2 and cosine are options.
     """
-    sources = sources.to(device, non_blocking=True)
-    sums = torch.zeros(num_sources + 1, gradients.dims, dtype=gradients.dtype, device=device)
-    broken = torch.zeros(len(sources), dtype=torch.bool, device=device)
-    for rows, g in gradients.chunks(device):
-        f = moments.normalize(g)  # [chunk, D]
-        broken[rows] = ~f.sum(1).isfinite()
-        sums.index_add_(0, sources[rows].masked_fill(broken[rows], num_sources), f)  # the last row is thrown away
-    coordinates = largest_coordinates(reduce(sums[:-1]), h)  # [S, h]
-    features = [sums.new_zeros(0, coordinates.shape[1])]
-    for rows, g in gradients.chunks(device):
-        wanted = coordinates[sources[rows]]  # [chunk, h]
-        features.append(moments.normalize(g.gather(1, wanted), wanted))
-        features[-1].masked_fill_(broken[rows, None], math.nan)
-    return torch.cat(features)  # [n, h]
+    if metric == "cosine":
+        x = F.normalize(x, dim=1)
+        return x @ x.T
+    if metric not in ("l1", "l2"):
+        raise ValueError(f"metric {metric!r} is unknown: use l1, l2 or cosine")
+    p = 1.0 if metric == "l1" else 2.0
+    # by differences: the shortcut through |x|^2 + |y|^2 - 2 xy loses small distances between large rows
+    distance = torch.cdist(x, x, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    if distance.numel() == 0:
+        return distance
+    return distance.max() - distance
 
 
-# ---------------------------------------------------------------------------------- sources where there are none (5.4)
+# Gains of two candidates that differ by less than this share of N x the rows' size are ties. Rounding in float32
+# moves a sum of N distances by some 2^-21 of it, and another GPU or number of ranks by as much; 2^-18 lies a few times
+# above that, and far below any difference that means something.
+TIE = 2.0**-18
 
 
-def k_means(
-    x: Tensor,
-    rows: Tensor,
-    total: int,
-    clusters: int,
-    generator: torch.Generator,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    iterations: int = 50,
-) -> Tensor:
-    """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
+def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8), in float64 on its own device.
 
-    This rank holds `x` [n, d], the `rows` [n] of a data set of `total` rows; `reduce` sums over the ranks. An empty
-    cluster takes the row that lies farthest from its own centre. `generator` is on the CPU and alike on all ranks.
+    Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
+    earlier medoid wins a tie, and every medoid serves itself). A row that nobody serves counts 0, as in the official
+    code. `scale` is the size of what was rounded when the similarities were computed, by default the largest of them.
     """
+    n = len(similarity)
+    if not 0 <= k <= n:
+        raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
+    similarity = similarity.detach().double()
+    if k == 0:
+        none = torch.zeros(0, dtype=torch.long, device=similarity.device)
+        return none, none
+    if scale is None:
+        scale = similarity.abs().max()
+    tie = TIE * n * scale.to(similarity)
 
-    def of_all(values: Tensor) -> Tensor:
-        return reduce(values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values))
+    best = similarity.new_zeros(n)  # [N] how well each row is served so far
+    picked = torch.zeros_like(best, dtype=torch.bool)  # [N]
+    index = []
+    for _ in range(k):
+        gain = (similarity - best[:, None]).clamp_(min=0).sum(0)  # [N] what each candidate would add
+        gain.masked_fill_(picked, -math.inf)
+        # DIFFERS 7: ties go to the lowest index. They are the rule: one SPSA direction puts all rows on a line, where
+        # every row between the two medians serves equally well, and rounding must not decide between them.
+        medoid = (gain >= gain.max() - tie).int().argmax()  # the first True
+        index.append(medoid)
+        picked[medoid] = True
+        best = torch.maximum(best, similarity[:, medoid])
+    index = torch.stack(index)  # [k]
 
-    def row(number) -> Tensor:
-        return reduce(x[rows == number].sum(0))  # [d]
-
-    def distances() -> Tensor:
-        return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")  # [n, C]
-
-    x = x - reduce(x.sum(0)) / total  # hidden states have a large part in common, which would cost precision
-
-    centres = row(torch.randint(total, (), generator=generator).item())[None]
-    while len(centres) < clusters:
-        nearest = of_all(distances().amin(1)).double().cpu().square()  # [total]
-        weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
-        centres = torch.cat([centres, row(torch.multinomial(weights, 1, generator=generator).item())[None]])
-    owner = torch.full_like(rows, -1)
-    for _ in range(iterations):
-        before, (distance, owner) = owner, distances().min(1)  # [n]
-        if not reduce((owner != before).sum()):
-            break
-        member = F.one_hot(owner, clusters).to(x)  # [n, C]; a product adds up in the same order each time
-        counts = reduce(member.sum(0))
-        centres = reduce(member.T @ x) / counts.clamp_min(1)[:, None]
-        farthest = of_all(distance).argsort(descending=True, stable=True).tolist()
-        for empty in (counts == 0).nonzero()[:, 0].tolist():
-            centres[empty] = row(farthest.pop(0))
-    return of_all(owner)
+    served = similarity[:, index]  # [N, k]
+    served[index, torch.arange(k, device=index.device)] = math.inf  # a medoid serves itself, also where copies exist
+    weight = torch.bincount(served.argmax(1), minlength=k)  # [k]
+    return index, weight
 
 
-# ------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
+# -------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
 
 
 class Coreset(NamedTuple):
@@ -369,259 +233,126 @@ def select_coreset(
     metric: str = "l1",
     generator: torch.Generator | None = None,
 ) -> Coreset:
-    """Coreset of a pool: every row of the sources in `keep`, then medoids of each other source (4.1-4.2).
+    """Coreset of a pool: every row of the sources in `keep`, then medoids of each other source (Algorithm 1).
 
-    `features` is [N, D] (rows of kept sources may hold anything), `sources` [N] integers. Rows whose features are not
-    finite never become medoids; the coreset has K rows, or all usable ones when those are fewer.   # DIFFERS 3
-    When the kept sources alone fill it, K of their rows are drawn uniformly with `generator`.   # DIFFERS 4
+    `features` is [N, D] (rows of kept sources may hold anything), `sources` [N] integers, `keep` the small ones.
+    `generator` draws what the paper leaves open. The coreset has K rows, or all usable ones when those are fewer.
     """
     if not 0 < k <= len(sources):
         raise ValueError(f"k = {k} of a pool of {len(sources)}: k must lie in 1..{len(sources)}")
     sources = sources.cpu()
-    is_kept = torch.isin(sources, torch.tensor(sorted(keep), dtype=sources.dtype))
+
+    # every example of a small source (4.1)
+    is_kept = torch.isin(sources, torch.tensor(sorted(keep), dtype=sources.dtype))  # [N]
     kept = is_kept.nonzero()[:, 0]
-    if len(kept) >= k:
-        kept = kept[torch.randperm(len(kept), generator=generator)[:k].sort().values]
+    if len(kept) >= k:  # DIFFERS 4: small sources alone exceed K: a uniform draw of their rows
+        drawn = torch.randperm(len(kept), generator=generator)[:k]
+        kept = kept[drawn.sort().values]
         return Coreset(kept, torch.ones_like(kept))
-    usable = ~is_kept & features.isfinite().all(1).cpu()
-    rows = usable.nonzero()[:, 0]
-    source, counts = sources[rows].unique(return_inverse=True, return_counts=True)[1:]
-    budgets = allocate_budget(counts, k - len(kept)).tolist()
-    sets = rows[source.argsort(stable=True)].split(counts.tolist())
-    sets, budgets = [s for s, b in zip(sets, budgets, strict=True) if b], [b for b in budgets if b]
-    longest = max(map(len, sets), default=0)
-    alike = len(sets) * longest**2 <= 4 * sum(len(rows) ** 2 for rows in sets)  # or filling them up costs too much
-    fit = len(sets) * longest * max(longest, features.shape[1]) <= PoolGradients.CHUNK
-    at_once = max(len(sets), 1) if alike and fit else 1
+
+    # budgets of the big sources, by their rows in the pool (4.1)
+    usable = ~is_kept & features.isfinite().all(1).cpu()  # DIFFERS 3: a row that is not finite is no candidate
+    big_sources, counts = sources[usable].unique(return_counts=True)  # [S] each
+    budgets = allocate_budget(counts, k - len(kept), generator)
+
+    # medoids of each big source within its budget (4.2)
     index, weight = [kept], [torch.ones_like(kept)]
-    for i in range(0, len(sets), at_once):
-        picks, sizes = medoids(features, sets[i : i + at_once], budgets[i : i + at_once], h, metric)
-        index, weight = index + picks, weight + sizes
+    for source, budget in zip(big_sources, budgets.tolist(), strict=True):
+        rows = (usable & (sources == source)).nonzero()[:, 0]  # [n]
+        x = sparsify(features[rows.to(features.device)], h)  # [n, h]
+        similarity = pairwise_similarity(x, metric)  # [n, n]
+        if metric == "cosine":
+            scale = similarity.abs().max()
+        else:  # distances are differences of rows, and as inexact as the largest row
+            scale = torch.linalg.vector_norm(x, ord=1 if metric == "l1" else 2, dim=1).max()
+        if len(rows) <= 256:  # the greedy loop is a hundred tiny operations: starting them on a GPU takes longer
+            similarity = similarity.cpu()
+        medoids, sizes = facility_location(similarity, budget, scale)
+        index.append(rows[medoids.cpu()])
+        weight.append(sizes.cpu())
     return Coreset(torch.cat(index), torch.cat(weight))
 
 
-def medoids(features: Tensor, sets: list[Tensor], budgets: list[int], h: int, metric: str) -> tuple[list, list]:
-    """Medoids of S big sources, given as the pool rows of each: picked rows [budget > 0] and cluster sizes, per source.
-
-    They go through each operation together: hundreds of tiny kernels would take longer than the arithmetic.
-    """
-    rows = nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=-1)  # [S, n]
-    own = rows >= 0
-    rows = torch.where(own, rows, rows[:, :1])  # the filling repeats a row: no distance grows by it
-    x = sparsify(features[rows.to(features.device)], h, own)  # [S, n, h]
-    similarity = pairwise_similarity(x, metric)  # [S, n, n]
-    scale = similarity.abs().amax(1) if metric == "cosine" else torch.linalg.vector_norm(x, int(metric[1]), dim=2)
-    if similarity.numel() <= 1 << 16:
-        similarity, scale = similarity.cpu(), scale.cpu()
-    own = own.to(similarity.device)
-    similarity = similarity.double().masked_fill_(~(own[:, :, None] & own[:, None]), 0)
-    tie = TIE * own.sum(1, keepdim=True) * scale.amax(1, keepdim=True).double()
-    index = greedy_picks(similarity, max(budgets), tie)  # [S, k]
-    unused = torch.arange(max(budgets)) >= torch.tensor(budgets)[:, None]
-    sizes = cluster_sizes(similarity, index, own, unused.to(own.device)).cpu()
-    picks = [s[i[:budget]] for s, i, budget in zip(sets, index.cpu(), budgets, strict=True)]
-    return picks, [size[:budget] for size, budget in zip(sizes, budgets, strict=True)]
+# ----------------------------------------------------------------------------------- sources where there are none (5.4)
 
 
-# --------------------------------------------------------------------------- losses at the supervised positions only
+def k_means(
+    x: Tensor,
+    rows: Tensor,
+    total: int,
+    clusters: int,
+    generator: torch.Generator,
+    all_reduce: AllReduce = one_process,
+    iterations: int = 50,
+) -> Tensor:
+    """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
 
-
-class MicroBatch(NamedTuple):
-    """Examples as a model takes them: right-padded rows, or all in one row, which `offsets` tells apart."""
-
-    input_ids: Tensor  # [B, T], or [1, T] packed
-    positions: Tensor  # [M] flat positions in B * T that predict a completion token
-    targets: Tensor  # [M] those tokens
-    rows: Tensor  # [M] the example each belongs to
-    counts: Tensor  # [n] supervised tokens of each example
-    lengths: Tensor  # [n] all its tokens
-    offsets: Tensor | None = None  # [slots] first token of each packed example, then their end; int32
-    position_ids: Tensor | None = None  # [1, T]
-    longest: int = 0  # at least the length of every packed example
-
-    def to(self, device) -> MicroBatch:
-        return MicroBatch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
-
-    def pin(self) -> MicroBatch:
-        return MicroBatch(*(t.pin_memory() if isinstance(t, Tensor) else t for t in self))
-
-    def model_inputs(self) -> dict:
-        if self.offsets is None:
-            return {"input_ids": self.input_ids, "use_cache": False}
-        packed = {"cu_seq_lens_q": self.offsets, "cu_seq_lens_k": self.offsets}
-        packed |= {"max_length_q": self.longest, "max_length_k": self.longest, "position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "use_cache": False, **packed}
-
-    def per_example(self, x: Tensor) -> Tensor:
-        """Rows of single examples, zero where one has ended: [1, T, d] -> [n, L, d]; padded rows are so already."""
-        return x if self.offsets is None else unpack(x[0], self.offsets[: len(self.counts) + 1], self.longest)
-
-
-def collate(examples: Sequence[tuple[Tensor, int]], pad_id: int = 0) -> MicroBatch:
-    """Pad (token ids, prompt length) pairs on the right. A causal model needs no attention mask: no real token sees
-    the padding, and no padded position predicts anything."""
-    lengths = torch.tensor([len(ids) for ids, _ in examples])
-    first = torch.tensor([max(prompt, 1) for _, prompt in examples])  # the first token has nothing that predicts it
-    input_ids = nn.utils.rnn.pad_sequence([ids.long() for ids, _ in examples], batch_first=True, padding_value=pad_id)
-    column = torch.arange(input_ids.shape[1])
-    supervised = (column >= first[:, None]) & (column < lengths[:, None])  # [B, T]
-    rows, columns = supervised.nonzero(as_tuple=True)
-    positions = rows * input_ids.shape[1] + columns - 1
-    return MicroBatch(input_ids, positions, input_ids[supervised], rows, supervised.sum(1), lengths)
-
-
-def pack(examples: Sequence[tuple[Tensor, int]], longest: int, multiple: int = 128, slots: int = 32) -> MicroBatch:
-    """The same examples end to end in one row of a multiple of `multiple` tokens: nothing is padded, and few shapes
-    occur. `packed_attention` keeps them apart; the last tokens are an example of their own without labels."""
-    lengths = [len(ids) for ids, _ in examples]
-    total = sum(lengths)
-    size = -(-total // multiple) * multiple
-    lengths = torch.tensor([*lengths, size - total])
-    starts = lengths.cumsum(0) - lengths  # [n + 1]
-    offsets = torch.full((-(-(len(examples) + 2) // slots) * slots,), size, dtype=torch.int32)
-    offsets[: len(starts)] = starts
-    first = torch.tensor([*(max(prompt, 1) for _, prompt in examples), size])
-    input_ids = F.pad(torch.cat([ids for ids, _ in examples]).long(), (0, size - total))  # [T]
-    owner = torch.repeat_interleave(lengths, output_size=size)
-    column = torch.arange(size) - starts[owner]
-    targets = (column >= first[owner]).nonzero()[:, 0]
-    rows = owner[targets]
-    counts = torch.bincount(rows, minlength=len(examples))
-    column = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions,
-    widest = max(longest, size - total)  # and longer than any example
-    packed = {"offsets": offsets, "position_ids": column[None], "longest": widest}
-    return MicroBatch(input_ids[None], targets - 1, input_ids[targets], rows, counts, lengths[:-1], **packed)
-
-
-def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Packed rows to padded ones, zero beyond each end: [T, ...] -> [len(offsets) - 1, longest, ...]."""
-    index = offsets[:-1, None] + torch.arange(longest, device=x.device)  # [n, L]
-    outside = (index >= offsets[1:, None]).view(*index.shape, *[1] * (x.dim() - 1))
-    return x[index.clamp(max=len(x) - 1)].masked_fill(outside, 0)  # no product: a neighbour's NaN would pass
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
-
-    An attention function for transformers' AttentionInterface. A GPU runs a variable-length kernel: flash attention in
-    half precision, the memory-efficient one in float32; anything else pads for the one call.
-    """
-    offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise RuntimeError("this model's attention can't keep packed examples apart: use --no-packing")
-    window = kwargs.get("sliding_window")
-    window = None if window is None or window >= longest else window - 1  # keys before the query's own
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d_head]
-    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
-        limits = {} if window is None else {"window_size_left": window, "window_size_right": 0}
-        out = torch.ops.aten._flash_attention_forward(
-            *(q.to(v.dtype), k.to(v.dtype), v, offsets, offsets, longest, longest, dropout, True, False),
-            **(limits | {"scale": scaling}),
-        )[0]
-        return out[None], None
-    if window is not None:
-        raise RuntimeError(f"a sliding window of {window + 1} tokens needs half precision on a GPU: use --no-packing")
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
-    if v.is_cuda and v.dtype == torch.float32:
-        out = torch.ops.aten._efficient_attention_forward(
-            *(q[None].to(v.dtype), k[None].to(v.dtype), v[None], None, offsets, offsets, longest, longest),
-            *(dropout, 1, torch.is_grad_enabled()),  # 1: causal
-            scale=scaling,
-        )[0]
-        return out, None
-    offsets = offsets.unique()  # without empty slots
-    q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
-    token = torch.arange(query.shape[2], device=query.device, dtype=offsets.dtype)
-    owner = torch.searchsorted(offsets, token, right=True) - 1
-    return out[owner, token - offsets[owner]][None], None
-
-
-class LabelledLogits:
-    """Hook on the output embedding: hidden states [C * B, T, d] become [C, M, d], so logits exist only where labels do.
-
-    C = 1, or the number of perturbed copies while `VProjectionProbe.spsa` runs.
+    This rank holds `x` [n, d], the `rows` [n] of a data set of `total` rows. An empty cluster takes the row that lies
+    farthest from its own centre. `generator` is on the CPU and alike on all ranks.
     """
 
-    def __init__(self, model: nn.Module):
-        self.batch: MicroBatch | None = None
-        self.handle = model.get_output_embeddings().register_forward_pre_hook(self._select)
+    def of_all_rows(values: Tensor) -> Tensor:
+        """[n, ...] of this rank -> [total, ...] of all."""
+        return all_reduce(values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values))
 
-    def _select(self, module, args):
-        if self.batch is None:
-            return None  # somebody else's forward, such as generation
-        hidden = args[0].reshape(-1, self.batch.input_ids.numel(), args[0].shape[-1])  # [C, B * T, d]
-        selected = hidden.index_select(1, self.batch.positions)  # [C, M, d]
-        self.batch = None
-        return (selected, *args[1:])
+    def row(number) -> Tensor:
+        """One row of the data set, whoever holds it, [d]."""
+        return all_reduce(x[rows == number].sum(0))
+
+    def distances() -> Tensor:
+        return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")  # [n, clusters]
+
+    x = x - all_reduce(x.sum(0)) / total  # hidden states have a large part in common, which would cost precision
+
+    # k-means++: each further centre is a row, drawn with probability proportional to the square of its distance from
+    # the nearest centre so far
+    first = torch.randint(total, (), generator=generator).item()
+    centres = row(first)[None]
+    while len(centres) < clusters:
+        squared = of_all_rows(distances().amin(1)).double().cpu().square()  # [total]
+        if squared.sum() == 0:  # fewer different rows than clusters
+            squared = torch.ones_like(squared)
+        drawn = torch.multinomial(squared, 1, generator=generator).item()
+        centres = torch.cat([centres, row(drawn)[None]])
+
+    # Lloyd: every row to its nearest centre, every centre to the mean of its rows, until no row moves
+    owner = torch.full_like(rows, -1)
+    for _ in range(iterations):
+        before = owner
+        distance, owner = distances().min(1)  # [n] each
+        if not all_reduce((owner != before).sum()):
+            break
+        member = F.one_hot(owner, clusters).to(x)  # [n, clusters]; a product adds up in the same order each time
+        counts = all_reduce(member.sum(0))
+        centres = all_reduce(member.T @ x) / counts.clamp_min(1)[:, None]
+        farthest_first = of_all_rows(distance).argsort(descending=True, stable=True).tolist()
+        for empty in (counts == 0).nonzero()[:, 0].tolist():
+            centres[empty] = row(farthest_first.pop(0))
+    return of_all_rows(owner)
 
 
-def example_losses(model: nn.Module, hook: LabelledLogits, batch: MicroBatch) -> Tensor:
-    """L_i = mean of -log p over example i's completion tokens, [C, n] in nats, in one `model(...)`.   # DIFFERS 10"""
-    hook.batch = batch
-    logits = model(**batch.model_inputs()).logits  # [C, M, V]
-    if hook.batch is not None:
-        raise RuntimeError("the model did not call its output embedding: CoLM needs a causal LM with a head module")
-    copies = len(logits)
-    tokens = TokenCrossEntropy.apply(logits.flatten(0, 1), batch.targets.repeat(copies)).view(copies, -1)  # [C, M]
-    sums = tokens.new_zeros(copies, len(batch.counts)).index_add(1, batch.rows, tokens)
-    return sums / batch.counts
+# ------------------------------------------------------------------------------------------ per-example losses, plainly
 
 
-@torch.no_grad()
-def mean_hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Mean over its tokens of what the output embedding gets to see of an example, [n, d] in float32 (5.4)."""
-    hidden: list[Tensor] = []
+def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """L_i = mean of -log p over example i's supervised tokens, [C, B] in nats, in one `model(...)`.
 
-    def capture(module, args):
-        hidden.append(batch.per_example(args[0]).float())  # [n, L, d]
-        return (args[0][:, :1], *args[1:])  # nobody needs the logits
-
-    with ExitStack() as stack:
-        stack.callback(model.get_output_embeddings().register_forward_pre_hook(capture).remove)
-        model(**batch.model_inputs())
-    real = torch.arange(hidden[0].shape[1], device=hidden[0].device) < batch.lengths[:, None]  # [n, L]
-    return (hidden[0] * real[:, :, None]).sum(1) / batch.lengths[:, None]
-
-
-class TokenCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of every token, logits [M, V] and targets [M] -> [M], at least float32.
-
-    Works `chunk` rows at a time, so no float32 copy of the logits is ever whole. Backward writes the gradient over the
-    logits, so it runs once, and whatever made the logits must not need them again (a bare tanh would, and fails aloud).
+    `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
+    where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
     """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    logits = model(**inputs, use_cache=False).logits  # [C * B, T, V]
+    labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
+    copies = len(logits) // len(labels)
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
+    sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
+    return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
 
-    chunk = 512
 
-    @classmethod
-    def compile(cls) -> None:
-        """For this process: one kernel instead of a pass for each operation, without copies and so without chunks."""
-        cls.chunk = 1 << 30
-        cls.log_sum_exp, cls.scaled_softmax_ = map(torch.compile, (cls.log_sum_exp, cls.scaled_softmax_))
-
-    @staticmethod
-    def log_sum_exp(logits: Tensor) -> Tensor:
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
-
-    @staticmethod
-    def scaled_softmax_(logits: Tensor, lse: Tensor, scale: Tensor) -> None:
-        logits.copy_((logits.to(lse.dtype) - lse[:, None]).exp() * scale[:, None])
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        lse = torch.cat([TokenCrossEntropy.log_sum_exp(rows) for rows in logits.split(TokenCrossEntropy.chunk)])
-        log_p = logits.gather(1, targets[:, None])[:, 0].to(lse.dtype) - lse
-        ctx.save_for_backward(logits, targets, lse, log_p)
-        return -log_p
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        logits, targets, lse, log_p = ctx.saved_tensors
-        for part in zip(*(x.split(TokenCrossEntropy.chunk) for x in (logits, lse, grad)), strict=True):
-            TokenCrossEntropy.scaled_softmax_(*part)
-        at_target = log_p.expm1() * grad  # (p - 1) grad, exact where p is near 1
-        return logits.scatter_(1, targets[:, None], at_target[:, None].to(logits.dtype)), None
+def spsa_gradients(derivatives: Tensor, z: Tensor) -> Tensor:
+    """g_i = mean over directions of derivative_ik z_k (Eq. 6): [n, directions] and [directions, ...] -> [n, D]."""
+    return derivatives @ z.flatten(1) / len(z)
 
 
 # ------------------------------------------------------------------------------- the zeroth-order signal (4.2, Eq. 5-6)
@@ -723,12 +454,13 @@ class VProjectionProbe:
             return lora_a(x.to(lora_a.weight.dtype)) * scaling
         return x
 
-    def gradients(self, losses: Callable[[], Tensor], batch: MicroBatch | None = None) -> Tensor:
+    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """Exact per-example gradients of the probed matrix, [n, D], by one backward pass through the last layer's tail.
 
-        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`); a packed
-        `batch` must be given too. Autograd runs from the V projection onward: its output becomes a leaf,
-        delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T: Eq. 6 for many directions.   # DIFFERS 5
+        `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
+        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end. Autograd runs from the V
+        projection onward: its output becomes a leaf, delta = dL/dV, and G_i = sum_t delta_it (scaling lora_A(x_it))^T:
+        Eq. 6 for many directions.   # DIFFERS 5
         """
         taped: list[Tensor] = []
 
@@ -745,8 +477,7 @@ class VProjectionProbe:
             loss = losses().sum()
             low, leaf = taped
             (delta,) = torch.autograd.grad(loss, leaf)  # [B, T, d_v]
-        if batch is not None:
-            low, delta = batch.per_example(low), batch.per_example(delta)  # [n, L, r] and [n, L, d_v]
+        low, delta = per_example(low), per_example(delta)  # [n, L, r] and [n, L, d_v]
         dtype = torch.promote_types(low.dtype, torch.float32)
         return torch.einsum("bto,bti->boi", delta.to(dtype), low.to(dtype)).flatten(1)  # [n, D]
 

@@ -46,7 +46,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from train_colm import Parser, UserError, load_tokenizer, prompt_and_completion, read_rows, replacing
+from colm_data import Parser, UserError, load_tokenizer, prompt_and_completion, read_rows, replacing
 
 # -------------------------------------------------------------------------------------------------------------- flags
 

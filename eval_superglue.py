@@ -45,8 +45,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 
+from colm_data import Parser, UserError, read_rows
 from eval_math import load, out_of_memory, wilson
-from train_colm import Parser, UserError, read_rows
 
 # ------------------------------------------------------------------------------------------------ tasks and templates
 

@@ -7,40 +7,38 @@ arXiv 2407.19580v4. The mathematics is in colm_core.py; this file wires it to Ac
     accelerate launch --config_file accelerate_configs/single_gpu.yaml train_colm.py \\
         --model microsoft/phi-2 --train_file MathInstruct.json --output_dir out
 
-Implementation details worth knowing:
- 1. All ranks draw the same pool from (seed, epoch) and know the whole coreset: ranks exchange scalars, features and
+Where to read: `choose_coreset` is the method, `train_loop` the loop. Details worth knowing:
+ 1. Everything about a pool is a tensor or a mask over its N positions. `pool[position]` is a row of the training data.
+ 2. All ranks draw the same pool from (seed, epoch) and know the whole coreset: ranks exchange scalars, features and
     indices, never examples. A resumed run needs no sampler state.
- 2. Rows are sorted by length and packed into micro-batches of at most --max_tokens_per_micro_batch padded tokens. Every
-    rank gets an even share of the tokens and the same number of micro-batches, or FSDP's collectives would hang.
- 3. The loss is sum_i w_i L_i / sum_i w_i over the whole coreset, L_i the mean token loss of example i, whatever the
+ 3. Rows are sorted by length and put into micro-batches of at most --max_tokens_per_micro_batch tokens. Every rank gets
+    an even share of the tokens and the same number of micro-batches, or FSDP's collectives would hang.
+ 4. The loss is sum_i w_i L_i / sum_i w_i over the whole coreset, L_i the mean token loss of example i, whatever the
     micro-batches and the number of ranks.
- 4. Pools, directions, dropout and random picks have generators of their own, each seeded by (seed, purpose, step).
+ 5. Pools, directions, dropout and random picks have generators of their own, each seeded by (seed, purpose, step).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
+import fcntl
 import gc
-import gzip
 import hashlib
-import heapq
 import importlib.util
 import itertools
 import json
 import math
 import os
-import random
-import re
 import resource
 import shutil
 import signal
 import sys
 import time
-import zlib
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,34 +51,44 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from tqdm.auto import tqdm
 
-from colm_core import (
-    AdamMoments,
+from colm_batches import (
     LabelledLogits,
-    PoolGradients,
-    TokenCrossEntropy,
-    VProjectionProbe,
+    LossKernels,
     collate,
-    example_losses,
-    k_means,
     mean_hidden_states,
+    micro_batch_losses,
     pack,
     packed_attention,
+    plan_micro_batches,
+)
+from colm_core import (
+    AdamMoments,
+    VProjectionProbe,
+    k_means,
+    one_process,
     select_coreset,
     small_sources,
-    sparse_features,
+    sparsify,
+    spsa_gradients,
+)
+from colm_data import (
+    Parser,
+    TokenizedRows,
+    UserError,
+    config_flags,
+    demo_rows,
+    load_tokenizer,
+    read_rows,
+    remove,
+    replacing,
+    tokenize,
 )
 
-
-class UserError(Exception):
-    """Something the user can mend: one line with the value, the rule and the remedy; exit code 2."""
-
-
-# ------------------------------------------------------------------------------------------------------------- flags
+# ---------------------------------------------------------------------------------------------------------------- flags
 
 DEMO = {  # without --model: learn something visible in a minute on two CPU cores
     "pool_size": 64,
@@ -92,16 +100,6 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
     "eval_every": 20,
     "sparsify_dims": 256,
 }
-FREE_ON_RESUME = {  # settings that may differ when a run goes on; every other one shapes the result
-    *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *("report_to", "trust_remote_code", "train_file"),  # paths may move; the data is compared
-    *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
-}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}: see {self.prog} --help")
 
 
 def build_parser() -> Parser:
@@ -156,7 +154,8 @@ def build_parser() -> Parser:
     add("--keep_checkpoints", type=int, default=2)
     add("--resume", help="auto (the newest checkpoint, if any) or a checkpoint folder")
     add("--eval_every", type=int, default=100, help="steps between evaluations of --eval_file")
-    add("--report_to", nargs="+", choices=["tensorboard", "wandb"], default=[])
+    add("--report_to", nargs="+", choices=["png", "tensorboard", "wandb"], default=[], help="png: OUTPUT/run.png")
+    add("--run_name", help="the run's name in wandb; default: the name of --output_dir")
     add("--seed", type=int, default=0)
     return parser
 
@@ -174,29 +173,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def config_flags(path: str) -> list[str]:
-    import yaml  # comes with accelerate
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {' '.join(str(error).split())}: give a readable YAML file") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path} is not a mapping: write one flag a line, as in 'pool_size: 128'")
-    flags = []
-    for key, value in settings.items():
-        if isinstance(value, bool):
-            flags.append(f"--{'' if value else 'no-'}{key}")
-        elif value is not None:
-            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Rules that need no data."""
     positive = ["pool_size", "coreset_size", "num_directions", "spsa_eps", "sparsify_dims", "lora_alpha"]
     positive += ["learning_rate", "max_grad_norm", "num_epochs", "max_tokens_per_micro_batch", "keep_checkpoints"]
-    for name in positive + (["max_steps"] if args.max_steps is not None else []):
+    if args.max_steps is not None:
+        positive.append("max_steps")
+    for name in positive:
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give a positive number")
     at_least_0 = ["lora_r", "warmup_ratio", "weight_decay", "save_every", "eval_every", "lora_dropout"]
@@ -221,224 +204,481 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
-    for package in args.report_to:
+    for name in args.report_to:
+        package = {"png": "matplotlib"}.get(name, name)
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--report_to {package} needs a package: pip install {package}")
+            raise UserError(f"--report_to {name} needs a package: pip install {package}")
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-
-PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
+# ------------------------------------------------------------------------------------------------------- random numbers
 
 
-def demo_rows(split: str, scale: int = 1) -> list[dict]:
-    """A generated, imbalanced mixture of seven instruction sources; four lie below the mean size."""
-    rng = random.Random(f"colm demo {split}")
-    words = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lynx", "mole", "newt"]
-
-    def sentence(low=2, high=5):
-        return " ".join(rng.choices(words, k=rng.randint(low, high)))
-
-    def numbers():
-        return rng.randint(0, 99), rng.randint(0, 99)
-
-    def make(source):
-        text, (a, b) = sentence(), numbers()
-        return {
-            "repeat": (f"Repeat: {text}", text),
-            "reverse": (f"Reverse the words: {text}", " ".join(text.split()[::-1])),
-            "compare": (f"Which is larger, {a} or {b}?", str(max(a, b))),
-            "add": (f"Add {a} and {b}.", f"{a} + {b} = {a + b}"),
-            "count": (f"How many words: {text}", str(len(text.split()))),
-            "sort": (f"Sort the words: {text}", " ".join(sorted(text.split()))),
-            "last": (f"Name the last word: {text}", text.split()[-1]),
-        }[source]
-
-    sizes = {"repeat": 60, "reverse": 40, "compare": 30, "add": 8, "count": 6, "sort": 4, "last": 2}
-    rows = [(source, *make(source)) for source, size in sizes.items() for _ in range(size * scale)]
-    return [{"source": source, "instruction": prompt, "output": answer} for source, prompt, answer in rows]
+def seed_of(*parts) -> int:
+    """A seed for one purpose at one step: no generator needs saving, and none disturbs another."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()  # DIFFERS 13: not one global generator for everything
+    return int.from_bytes(digest[:7], "big")
 
 
-def read_rows(path: str) -> tuple[list[dict], list[str]]:
-    """Rows of a file or hub dataset, and where each stands, for error messages."""
-    file = Path(path)
-    if not file.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and not re.search(r"\.(jsonl?|gz)$", path):
-            return read_hub(path)
-        raise UserError(f"{path} does not exist: give a .json or .jsonl file, or a hub dataset id such as org/name")
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as f:
-            text = f.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path} can't be read ({error}): give a UTF-8 .json or .jsonl file, plain or .gz") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty: give a file with rows")
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}): mend that line") from None
-        if not rows:
-            raise UserError(f"{path} holds no rows: give a file with rows")
-        return rows, [f"{path} row {i + 1}" for i in range(len(rows))]
-    rows, places = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number}: broken JSON ({error.msg}): mend that line") from None
-            places.append(f"{path} line {number}")
-    return rows, places
+def generator_of(*parts, device="cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
-def read_hub(name: str) -> tuple[list[dict], list[str]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"{name} is no file; a hub dataset needs a package: pip install datasets") from None
-    path, _, split = name.partition(":")
-    try:
-        rows = list(load_dataset(path, split=split or "train"))
-    except Exception as error:  # the hub's errors have no common class
-        raise UserError(
-            f"{name}: {' '.join(str(error).split())[:200]}: give a file or a reachable dataset id"
-        ) from None
-    return rows, [f"{name} row {i + 1}" for i in range(len(rows))]
-
-
-def prompt_and_completion(row: dict, place: str, tokenizer) -> tuple[str, str]:
-    """The two texts of a row; the prompt carries no loss."""
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is a {type(row).__name__}: every row must be a JSON object")
-    if "messages" in row:
-        return chat_texts(row["messages"], place, tokenizer)
-    names = ("prompt", "completion") if "prompt" in row else ("instruction", "output")
-    for name in names + (("input",) if row.get("input") and names[0] == "instruction" else ()):
-        if name not in row:
-            raise UserError(
-                f"{place} has no field {name!r}: give instruction and output, prompt and completion, or messages"
-            )
-        if not isinstance(row[name], str):
-            raise UserError(f"{place}: field {name!r} is a {type(row[name]).__name__}: it must be a string")
-    if names[0] == "prompt":
-        return row["prompt"], row["completion"]
-    if row.get("input"):
-        head = f"{PROMPT_WITH_INPUT}### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}"
-    else:
-        head = f"{PROMPT}### Instruction:\n{row['instruction']}"
-    return head + "\n\n### Response:", row["output"]
-
-
-def chat_texts(messages, place: str, tokenizer) -> tuple[str, str]:
-    """The last assistant turn is the completion; everything before it is the prompt."""
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(f"{place}: messages must be a list of role and content that ends with an assistant's turn")
-    if not tokenizer.chat_template:
-        raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise what their authors chose, such as "roles must alternate"
-        raise UserError(f"{place}: the chat template refuses these messages ({error}): mend the row") from None
-    if not whole.startswith(prompt):  # templates that add a thinking block to the generation prompt, for instance
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False)
-        if not whole.startswith(prompt):
-            raise UserError(f"{place}: the chat template rewrites earlier turns: use prompt and completion")
-    return prompt, whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
-
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 can't
+# ------------------------------------------------------------------------------------------- a run, and its collectives
 
 
 @dataclass
-class TokenizedRows:
-    """Token ids of all rows in one flat tensor; row i is ids[offsets[i]:offsets[i + 1]]."""
+class Run:
+    """What a run consists of; its methods are everything that depends on the number of ranks."""
 
-    ids: Tensor  # int32
-    offsets: list[int]
-    prompts: list[int]  # prompt tokens of each row
-    sources: Tensor  # [rows] into names
-    numbers: Tensor  # [rows] 0-based row numbers of the file
-    names: list[str]
-    shortened: int
-    dropped: int
+    args: argparse.Namespace
+    accelerator: Accelerator
+    tokenizer: object
+    train: TokenizedRows
+    held_out: TokenizedRows | None
+    keep: set[int]  # ids of the small sources: kept whole, or by --keep_share
+    model: torch.nn.Module  # as prepared: what training calls
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    probe: VProjectionProbe
+    labelled_logits: LabelledLogits
+    moments: AdamMoments
+    trained: list[torch.nn.Parameter]
+    modules: list[torch.nn.Module]
+    settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
+    comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
+    saved: Path | None = None  # the newest checkpoint
+    stop: str | None = None  # the signal that asked the run to end
 
-    def __len__(self) -> int:
-        return len(self.prompts)
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
-    def example(self, i: int) -> tuple[Tensor, int]:
-        return self.ids[self.offsets[i] : self.offsets[i + 1]], self.prompts[i]
+    @property
+    def ranks(self) -> int:
+        return self.accelerator.num_processes
 
-    def length(self, i: int) -> int:
-        return self.offsets[i + 1] - self.offsets[i]
+    @property
+    def inner(self) -> torch.nn.Module:
+        """What probing and evaluation call: DDP's own forward would arm its reducer; FSDP2's gathers the weights."""
+        return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
 
-    def completion_tokens(self, rows: Tensor) -> Tensor:
-        """Supervised tokens of each of `rows`: all but the prompt's, and but a first token without a prompt. [n]"""
-        return torch.tensor([self.length(i) - max(1, self.prompts[i]) for i in rows.tolist()], dtype=torch.float32)
+    def set_training(self, training: bool) -> None:
+        """Switch dropout on or off: what `model.train(training)` does, less its recursion, 3 ms of a 600 ms step."""
+        for module in self.modules:
+            vars(module)["training"] = training
 
-    def fingerprint(self) -> str:
-        """Equal for equal training data: what a resumed run compares."""
-        digest = hashlib.sha256(self.ids.numpy().tobytes())
-        digest.update(repr((self.offsets[-1], self.prompts, self.sources.tolist(), self.names)).encode())
-        return f"{len(self)} rows {digest.hexdigest()[:16]}"
+    def micro_batches(self, data: TokenizedRows, rows: Tensor, max_tokens: int, only: Tensor | None = None):
+        """This rank's share of `rows` [N] of `data`, or of those at the positions `only`, in micro-batches.
+
+        Yields (positions in `rows` [B], MicroBatch on the device, is it the last?). Without positions the batch is a
+        stand-in that keeps this rank's collectives in step with the others'; its results count for nothing. Each batch
+        is put together while the device works on the one before.
+        """
+        positions = torch.arange(len(rows)) if only is None else only
+        lengths = [data.length(row) for row in rows[positions].tolist()]
+        shortest = lengths.index(min(lengths))
+        plan = plan_micro_batches(lengths, max_tokens, self.ranks, self.args.packing)[self.accelerator.process_index]
+        for i, members in enumerate(plan):
+            examples = [data.example(row) for row in rows[positions[members or [shortest]]].tolist()]
+            batch = pack(examples, self.args.max_length) if self.args.packing else collate(examples)
+            if self.device.type == "cuda":
+                batch = batch.pin()  # only pinned memory is copied without waiting for the device
+            yield positions[members], batch.to(self.device), i + 1 == len(plan)
+
+    # The collectives of CoLM. Only the main process' wait for all ranks stands elsewhere.
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank."""
+        if self.ranks == 1:
+            return tensor
+        self.comm_bytes += tensor.nbytes
+        return self.accelerator.reduce(tensor, "sum")
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The main process' tensor on every rank, on the host."""
+        if self.ranks == 1:
+            return tensor
+        self.comm_bytes += tensor.nbytes
+        return broadcast(tensor.to(self.device)).cpu()
+
+    def clip_gradients(self) -> Tensor:
+        """Clip to --max_grad_norm; returns the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is in parts
+
+    def trained_state(self) -> tuple[dict, dict]:
+        """Trained weights and optimizer state, whole and on the host, on every rank."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights = get_model_state_dict(self.model, options=options)
+        return weights, get_optimizer_state_dict(self.model, self.optimizer, options=options)
 
 
-def start_tokens(tokenizer) -> list[int]:
-    """Special tokens that the tokenizer puts before every text, such as BOS."""
-    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return whole[: whole.index(plain[0])]
+# --------------------------------------------------------------------------------- one step: pool, probe, select, train
 
 
-def tokenize(rows, places, tokenizer, args, names: list[str], show: bool) -> TokenizedRows:
-    """Tokenise prompts and completions apart, add EOS, shorten long prompts from the left, drop what can't be kept.
+@lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(rows, generator=generator_of(seed, "pool", epoch))
 
-    Prompts carry no loss; the end of an answer is never cut.   # DIFFERS 12
+
+def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
+    """The large mini-batch M_t^L: rows [N] of step `step`, without replacement within an epoch of rows // N pools."""
+    epoch, position = divmod(step, rows // size)
+    order = epoch_order(rows, seed, epoch)
+    return order[position * size : (position + 1) * size]
+
+
+@dataclass
+class Choice:
+    """The coreset of one step, by positions in the pool."""
+
+    index: Tensor  # [K] positions, kept ones first
+    weight: Tensor  # [N] of the examples' losses, 0 outside the coreset
+    kept: Tensor  # [N] bool: examples of small sources, which go before all others
+    moments: AdamMoments  # the history that includes this coreset; current once the step has succeeded
+    probe_tokens: int = 0
+    skipped_probes: int = 0
+
+
+TOKEN_POWER = {"uniform": 0.0, "sqrt": 0.5, "tokens": 1.0}  # --example_weights: a loss weighs its tokens to this power
+
+
+def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
+    """The coreset of `pool` [N] by --selection, and the weights of its losses (Algorithm 1)."""
+    args = run.args
+    k = min(args.coreset_size, len(pool))
+    generator = generator_of(args.seed, "pick", step)
+    sources = run.train.sources[pool]  # [N]
+    selection = args.selection
+    if args.cluster_sources and step < args.cluster_warmup:
+        selection = "random"  # there are no clusters yet (5.4)
+
+    # 1. Examples of small sources are kept (4.1), unless --keep_share leaves some of them out.
+    small = torch.isin(sources, torch.tensor(sorted(run.keep), dtype=sources.dtype))  # [N]
+    kept = thinned(run, small, step)  # [N]
+    left_out = small & ~kept  # [N]
+
+    # 2. Baselines, and pools whose small sources fill the coreset: a uniform draw, kept examples first.
+    if selection == "full":
+        return uniform_choice(run, pool, torch.arange(len(pool)), kept)
+    if selection == "random":
+        kept = torch.zeros_like(kept)
+    if selection in ("random", "random_keep") or int(kept.sum()) >= k:
+        return uniform_choice(run, pool, draw_uniformly(~left_out, kept, k, generator), kept)
+
+    # 3. Per-example gradients of the last V projection (Eq. 5-6), of this rank's share of the big sources' examples.
+    probed = ~small  # [N]  DIFFERS 11: kept examples need no probe
+    gradients = probe_pool(run, pool, probed, step)
+    clock.mark("probe")
+    # With SPSA every rank knows all derivatives and does the rest alone; of exact gradients each rank holds its own.
+    all_reduce = run.all_reduce if args.probe == "grad" else one_process
+
+    # 4. Adam normalisation (Eq. 3-4), then the h largest coordinates of each source (Table 4).
+    h = min(args.sparsify_dims, run.probe.dims)
+    features = torch.zeros(len(pool), h, device=run.device)  # [N, h]
+    for source in sources[probed].unique().tolist():
+        of_source = probed & (sources == source)  # [N]
+        normalized = run.moments.normalize(gradients.of(of_source))  # [n, D]
+        features[of_source & gradients.held] = sparsify(normalized, h, all_reduce).float()  # [n, h]
+    features = all_reduce(features)
+
+    # 5. Medoids of every big source within its budget (Eq. 8). Examples left out are neither kept nor candidates.
+    features[left_out] = math.nan
+    their_sources = sources.masked_fill(left_out, -1)
+    coreset = select_coreset(features, their_sources, k, run.keep, h, args.similarity, generator)
+    skipped = int((probed & ~features.isfinite().all(1).cpu()).sum())
+    if len(coreset.index) == 0:  # nothing kept, no probe finite: the loss will tell whether training can continue
+        return uniform_choice(run, pool, draw_uniformly(~left_out, kept, k, generator), kept, skipped_probes=skipped)
+    index, cluster_size = run.broadcast(torch.stack(coreset))  # [K] each; rounding must not part the ranks
+
+    # 6. The history becomes the mean over the selected examples of big sources (Eq. 3-4); `update` makes it current.
+    medoids = torch.zeros_like(probed)
+    medoids[index] = True
+    medoids &= probed  # [N]
+    moments = copy(run.moments)
+    moments.update(gradients.of(medoids), all_reduce, count=int(medoids.sum()))
+
+    if args.medoid_weights == "uniform":
+        cluster_size = torch.ones_like(cluster_size)
+    weight = loss_weights(run, pool, index, cluster_size)
+    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
+    return Choice(index, weight, kept, moments, probe_tokens=tokens, skipped_probes=skipped)
+
+
+def uniform_choice(run: Run, pool: Tensor, index: Tensor, kept: Tensor, skipped_probes: int = 0) -> Choice:
+    """The positions `index` as a coreset that no gradient chose: the history stays."""
+    weight = loss_weights(run, pool, index, torch.ones_like(index))
+    return Choice(index, weight, kept, run.moments, skipped_probes=skipped_probes)
+
+
+def draw_uniformly(candidates: Tensor, first: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Positions [k] of a uniform draw from the mask `candidates` [N] in which those of the mask `first` come first."""
+    shuffled = torch.randperm(len(candidates), generator=generator)
+    shuffled = shuffled[candidates[shuffled]]
+    goes_first = first[shuffled]
+    return torch.cat([shuffled[goes_first], shuffled[~goes_first]])[:k]
+
+
+def loss_weights(run: Run, pool: Tensor, index: Tensor, examples: Tensor) -> Tensor:
+    """Weights [N] of the losses, 0 outside `index` [K]: `examples` [K] that each stands for, times
+    --example_weights' power of its supervised tokens."""
+    tokens = run.train.supervised_tokens(pool[index])  # [K]
+    weight = torch.zeros(len(pool))
+    weight[index] = examples * tokens ** TOKEN_POWER[run.args.example_weights]
+    return weight
+
+
+def thinned(run: Run, small: Tensor, step: int) -> Tensor:
+    """The examples of small sources that --keep_share keeps, a mask [N].
+
+    A share s keeps ceil(n (s + (1 - s) K / N)) of their n examples, drawn at random: 1 keeps them all, 0 as many as a
+    uniform draw of K from N would take.
     """
-    named = [isinstance(row, dict) and row.get(args.source_field) is not None for row in rows]
-    has_sources = any(named)
-    start, source_of = start_tokens(tokenizer), {name: q for q, name in enumerate(names)}
-    ids, offsets, prompts, sources, numbers, shortened, dropped = [], [0], [], [], [], 0, 0
-    for first in tqdm(range(0, len(rows), 1000), "tokenising", unit="k rows", disable=not show, leave=False):
-        part = range(first, min(first + 1000, len(rows)))
-        texts = [prompt_and_completion(rows[i], places[i], tokenizer) for i in part]
-        for i, text in zip(part, texts, strict=True):
-            if has_sources and not named[i]:
-                raise UserError(f"{places[i]} has no field {args.source_field!r}, other rows do: name its source")
-            if LONE_SURROGATE.search("".join(text)):
-                raise UserError(f"{places[i]} has half a surrogate pair (\\ud800 to \\udfff): mend the row")
-        heads, tails = (
-            tokenizer([text[k] for text in texts], add_special_tokens=False, verbose=False)["input_ids"] for k in (0, 1)
-        )
-        for i, prompt, completion in zip(part, heads, tails, strict=True):
-            begin, completion = start, [*completion, tokenizer.eos_token_id]
-            if "messages" in rows[i]:  # the template has added BOS
-                begin = [token for token in prompt[:1] if token == tokenizer.bos_token_id]
-                prompt = prompt[len(begin) :]
-            room = args.max_length - len(begin) - len(completion)
-            if room < bool(prompt) or not (begin or prompt or len(completion) > 1):
-                dropped += 1
-                continue
-            shortened += len(prompt) > room
-            ids.append(torch.tensor([*begin, *prompt[max(0, len(prompt) - room) :], *completion], dtype=torch.int32))
-            offsets.append(offsets[-1] + len(ids[-1]))
-            prompts.append(len(ids[-1]) - len(completion))
-            sources.append(source_of.setdefault(str(rows[i][args.source_field]) if named[i] else "all", len(source_of)))
-            numbers.append(i)
-    if not ids:
-        raise UserError(f"{places[0].rsplit(' ', 2)[0]}: no row has a completion within --max_length: raise it")
-    sources, numbers = torch.tensor(sources), torch.tensor(numbers)
-    return TokenizedRows(torch.cat(ids), offsets, prompts, sources, numbers, list(source_of), shortened, dropped)
+    args = run.args
+    if args.keep_share == 1:
+        return small
+    share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, len(small)) / len(small)
+    positions = small.nonzero()[:, 0]
+    order = torch.randperm(len(positions), generator=generator_of(args.seed, "thin", step))
+    stay = torch.zeros_like(small)
+    stay[positions[order[: math.ceil(share * len(positions))]]] = True
+    return stay
 
 
-# ------------------------------------------------------------------------------------------------- model and adapters
+@dataclass
+class PoolGradients:
+    """Per-example gradients of a pool as far as this rank holds them: exact ones, or SPSA's derivatives and z."""
+
+    values: Tensor  # [N, D], or derivatives [N, directions]
+    held: Tensor  # [N] bool, on the host: rows of `values` that mean something here
+    z: Tensor | None  # [directions, d_v, r]
+
+    def of(self, wanted: Tensor) -> Tensor:
+        """The gradients of the held examples among the mask `wanted` [N], in pool order, [m, D]."""
+        positions = (wanted & self.held).nonzero()[:, 0]
+        values = self.values[positions.to(self.values.device, non_blocking=True)]
+        return values if self.z is None else spsa_gradients(values, self.z)
+
+
+def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradients:
+    """Zeroth-order or exact gradients of the last V projection for the examples of the mask `probed` [N] (Eq. 5-6)."""
+    args, probe = run.args, run.probe
+    run.set_training(False)  # dropout would be noise in the signal
+    budget = probe_budget(args)
+    z = None
+    if args.probe == "spsa":
+        z = directions(args, probe, step, run.device)
+        budget = max(1, budget // args.num_directions)  # the head sees two copies of a row for each direction
+    values = None
+    held = torch.zeros_like(probed)
+    for positions, batch, _ in run.micro_batches(run.train, pool, budget, only=probed.nonzero()[:, 0]):
+
+        def losses(batch=batch):
+            with run.accelerator.autocast():
+                return micro_batch_losses(run.inner, run.labelled_logits, batch)
+
+        if args.probe == "spsa":
+            rows = probe.spsa(losses, z, args.spsa_eps, args.spsa_wide_tail).float()  # [B, directions]
+        else:
+            rows = probe.gradients(losses, batch.per_example)  # [B, D]
+        if values is None:
+            values = rows.new_zeros(len(pool), rows.shape[1])
+        values[positions.to(run.device, non_blocking=True)] = rows[: len(positions)]
+        held[positions] = True
+    if args.probe == "spsa":  # a few numbers for each example: every rank gets them all
+        values, held = run.all_reduce(values), probed
+    return PoolGradients(values, held, z)
+
+
+def probe_budget(args) -> int:
+    """Tokens of a micro-batch without backward: twice as many, unless memory is short."""
+    return args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)
+
+
+def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
+    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5)."""
+    moment = step if args.direction == "step" else "run"  # DIFFERS 9: new at each step, unless asked otherwise
+    generator = generator_of(args.seed, "direction", moment, device=device)
+    return torch.randn(args.num_directions, *probe.shape, generator=generator, device=device)
+
+
+def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> Tensor:
+    """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
+    torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))
+    share = (choice.weight.double() / choice.weight.double().sum()).float()  # [N], sums to 1
+    run.set_training(True)
+    total = torch.zeros((), device=run.device)
+    for positions, batch, last in run.micro_batches(
+        run.train, pool, run.args.max_tokens_per_micro_batch, only=choice.index
+    ):
+        with nullcontext() if last else run.accelerator.no_sync(run.model):  # gradients are added up once, at the end
+            with run.accelerator.autocast():
+                losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
+            if len(positions) == 0:
+                loss = losses.sum() * 0  # a stand-in
+            else:
+                loss = (losses * share[positions].to(run.device, non_blocking=True)).sum()
+            (loss * run.ranks).backward()  # DDP and FSDP take the mean over ranks
+        total += loss.detach()
+    return run.all_reduce(total)
+
+
+def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
+    """Clip, step the optimizer and the history; returns the norm, None where it or the loss is not finite."""
+    norm = run.clip_gradients()
+    broken = (~torch.stack([loss, norm]).isfinite().all()).float()
+    run.optimizer.found_inf = broken  # if 1, fused AdamW changes neither weights nor moments, and nobody waits for it
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    broken, norm = torch.stack([broken, norm]).tolist()  # the first wait for the device since the selection
+    if broken:
+        return None
+    run.moments = choice.moments
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def train_loop(run: Run, start: int) -> None:
+    """The hand-rolled loop, from `start` steps done to --max_steps."""
+    args, accelerator = run.args, run.accelerator
+    if run.held_out is not None and not run.saved:
+        log_evaluation(run, 0)
+    quiet = not accelerator.is_main_process
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)
+    for step in bar:
+        # clusters stand in for sources where there are none (5.4)
+        if args.cluster_sources and step in clustering_steps(args):
+            cluster_rows(run, step)
+        clock, run.comm_bytes = Clock(run.device), 0
+
+        # a large random pool M_t^L, the same on every rank
+        pool = draw_pool(len(run.train), args.pool_size, args.seed, step)  # [N] rows of the training data
+
+        # its coreset: small sources whole, medoids of the big ones
+        choice = choose_coreset(run, pool, step, clock)
+        clock.mark("select")
+
+        # one optimizer update on the coreset alone
+        loss = accumulate_gradients(run, pool, choice, step)
+        lr = run.scheduler.get_last_lr()[0]
+        norm = update(run, choice, loss)
+        if norm is None:
+            path = save_checkpoint(run, step)
+            raise UserError(
+                f"the loss {loss.item()} or its gradient at step {step + 1} is not finite: lower --learning_rate; "
+                f"the state before this step is in {path}"
+            )
+        run.scheduler.step()
+        clock.mark("train")
+
+        # records, held-out loss, checkpoints
+        done = step + 1
+        last = done == args.max_steps
+        log_step(run, done, pool, choice, clock, loss=loss.item(), lr=lr, grad_norm=norm)
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if run.held_out is not None and (last or (args.eval_every and done % args.eval_every == 0)):
+            log_evaluation(run, done)
+        stop = bool(run.all_reduce(torch.tensor(float(run.stop is not None), device=run.device)))  # on any rank
+        if stop or (args.save_every and (last or done % args.save_every == 0)):
+            path = save_checkpoint(run, done)
+        if stop and not last:
+            reason = run.stop or "a signal to another process"
+            accelerator.print(f"stopped by {reason} after step {done}: resume from {path} with --resume auto")
+            raise SystemExit(0)
+
+
+def log_step(run: Run, done: int, pool: Tensor, choice: Choice, clock: Clock, **values: float) -> None:
+    """One line in metrics.jsonl, one in selection.jsonl, and the same for --report_to."""
+    rows = pool[choice.index]
+    record = {"step": done, **values, "pool": len(pool), "kept": int(choice.kept.sum()), "selected": len(rows)}
+    record |= {"skipped_probes": choice.skipped_probes, "probe_tokens": choice.probe_tokens}
+    record |= {"tokens": sum(run.train.length(row) for row in rows.tolist())}
+    record |= clock.read() | {"comm_bytes": run.comm_bytes}
+    if run.accelerator.is_main_process:
+        folder, number = Path(run.args.output_dir), run.train.numbers
+        picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
+        append(folder / "metrics.jsonl", record)
+        append(folder / "selection.jsonl", {"step": done} | {name: number[r].tolist() for name, r in picked.items()})
+    run.accelerator.log(record, step=done)  # nothing without trackers
+
+
+# -------------------------------------------------------------------------------------------------------- held-out loss
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict:
+    """Held-out loss: mean over examples, mean over sources, per token, and per source."""
+    data, device = run.held_out, run.device
+    rows = torch.arange(len(data))
+    sums = torch.zeros(len(data.names), 4, dtype=torch.float64, device=device)  # loss, examples, token loss, tokens
+    run.set_training(False)
+    for positions, batch, _ in run.micro_batches(data, rows, run.args.max_tokens_per_micro_batch):
+        with run.accelerator.autocast():
+            losses = micro_batch_losses(run.inner, run.labelled_logits, batch)[0].double()  # [B]
+        values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
+        sums.index_add_(0, data.sources[positions].to(device), values[: len(positions)])
+    sums = run.all_reduce(sums).cpu()
+    per_source = {}
+    for name, (loss, examples, _, _) in zip(data.names, sums.tolist(), strict=True):
+        if examples:
+            per_source[name] = loss / examples
+    loss, examples, token_loss, tokens = sums.sum(0).tolist()
+    return {
+        "eval_loss": loss / examples,
+        "eval_loss_source_mean": sum(per_source.values()) / len(per_source),
+        "eval_loss_per_token": token_loss / tokens,
+        "eval_loss_of": per_source,
+    }
+
+
+def log_evaluation(run: Run, step: int) -> None:
+    record = {"step": step} | evaluate(run)
+    if run.accelerator.is_main_process:
+        append(Path(run.args.output_dir) / "eval.jsonl", record)
+        if "png" in run.args.report_to and step > 0:
+            draw_run(run)
+    flat = {name: value for name, value in record.items() if isinstance(value, float)}
+    for source, value in record["eval_loss_of"].items():
+        flat[f"eval_loss/{source}"] = value
+    run.accelerator.log(flat, step=step)
+
+
+# ----------------------------------------------------------------------------------- sources where there are none (5.4)
+
+
+def clustering_steps(args) -> set[int]:
+    """Steps that begin with a clustering: after the warm-up, then evenly over the rest of the run."""
+    rest = max(0, args.max_steps - args.cluster_warmup)
+    return {args.cluster_warmup + rest * i // (args.cluster_updates + 1) for i in range(args.cluster_updates + 1)}
+
+
+def cluster_rows(run: Run, step: int) -> None:
+    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
+    run.set_training(False)
+    rows = torch.arange(len(run.train))
+    features, mine = [], []
+    batches = run.micro_batches(run.train, rows, probe_budget(run.args))
+    for positions, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
+        with run.accelerator.autocast():
+            features.append(mean_hidden_states(run.inner, batch)[: len(positions)])
+        mine.append(positions)
+    generator = generator_of(run.args.seed, "clusters", step)
+    mine = torch.cat(mine).to(run.device)
+    clusters = k_means(torch.cat(features), mine, len(rows), run.args.cluster_sources, generator, run.all_reduce)
+    use_clusters(run, clusters.cpu())
+
+
+def use_clusters(run: Run, clusters: Tensor) -> None:
+    """Make the clusters [rows] the sources of the training rows."""
+    count = run.args.cluster_sources
+    run.train.sources, run.train.names = clusters, [f"cluster {c}" for c in range(count)]
+    sizes = enumerate(torch.bincount(clusters, minlength=count).tolist())
+    run.keep = small_sources({cluster: size for cluster, size in sizes if size})
+
+
+# --------------------------------------------------------------------------------------------------- model and adapters
 
 LORA_TARGETS = {  # q, k, v, o unless the paper or the architecture says otherwise (Appendix C)
     "phi": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
@@ -448,40 +688,15 @@ LORA_TARGETS = {  # q, k, v, o unless the paper or the architecture says otherwi
 }
 
 
-def load_tokenizer(args):
-    if args.model is None:
-        return demo_tokenizer()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # the hub, the tokenizers library and remote code each raise their own kinds
-        raise UserError(
-            f"--model {args.model}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}): "
-            "give a folder with config.json and a tokenizer, or a reachable hub id"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no EOS token, which ends every completion: set one")
-    return tokenizer
-
-
-def demo_tokenizer():
-    """A byte-level BPE of 512 tokens, trained on the generated mixture in a blink."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    texts = ("".join(prompt_and_completion(row, "", None)) for row in demo_rows("train"))
-    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<|end|>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-
-
-def load_model(args, accelerator: Accelerator, tokenizer):
+def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | None = None):
     """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(args.seed)
-    if args.model is None:
+    source = args.model
+    if checkpoint and not args.lora_r:
+        source = checkpoint  # it holds the whole model
+    if source is None:
         sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
         config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
@@ -494,15 +709,29 @@ def load_model(args, accelerator: Accelerator, tokenizer):
         half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
         dtype = torch.bfloat16 if half else torch.float32
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:200]}: give a causal LM") from None
+            raise UserError(f"{source}: {' '.join(str(error).split())[:200]}: give a causal LM") from None
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"--model {args.model}: tokenizer of {len(tokenizer)} ids, embedding of {rows}: use its own")
-    return add_lora(model, args)
+    model = add_lora(model, args)
+    if checkpoint and args.lora_r:
+        load_adapter(model, checkpoint)
+    return model
+
+
+def load_adapter(model, checkpoint: Path) -> None:
+    """The adapter weights of a checkpoint, before anything wraps the model."""
+    import peft
+
+    try:
+        peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(checkpoint), device="cpu"))
+    except Exception as error:  # a cut or foreign file fails in many ways
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{checkpoint}/adapter_model.safetensors can't be read ({reason}): use another checkpoint"
+        ) from None
 
 
 def add_lora(model, args):
@@ -538,499 +767,6 @@ def add_lora(model, args):
     return model
 
 
-# --------------------------------------------------------------------------------------------------------------- plans
-
-
-def seed_of(*parts) -> int:
-    """A seed for one purpose at one step: no generator needs saving, and none disturbs another.   # DIFFERS 13"""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def generator_of(*parts, device="cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed_of(*parts))
-
-
-@lru_cache(maxsize=2)
-def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(rows, generator=generator_of(seed, "pool", epoch))
-
-
-def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
-    """The large mini-batch M_t^L: rows [N] of step `step`, without replacement within an epoch of rows // N pools."""
-    epoch, position = divmod(step, rows // size)
-    order = epoch_order(rows, seed, epoch)
-    return order[position * size : (position + 1) * size]
-
-
-def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int, packed: bool) -> list[list[list[int]]]:
-    """Micro-batches [rank][i] of item numbers, at most `max_tokens` tokens each, padding included.
-
-    All ranks get the same number of micro-batches and about the same tokens; one without items is run with weight 0.
-    """
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if packed:
-        count = min(-(-sum(lengths) // (max_tokens * ranks)), -(-len(lengths) // ranks))
-        while True:
-            bins: list[list[int]] = [[] for _ in range(count * ranks)]
-            loads = [(0, b) for b in range(len(bins))]
-            for item in longest_first:  # into the emptiest
-                load, b = loads[0]
-                bins[b].append(item)
-                heapq.heapreplace(loads, (load + lengths[item], b))
-            if all(load <= max_tokens or len(bins[b]) == 1 for load, b in loads):
-                return [bins[rank::ranks] for rank in range(ranks)]
-            count += 1
-    plans: list[list[list[int]]] = []
-    for rank in range(ranks):
-        plans.append([])
-        for turn, start in enumerate(range(0, len(lengths), ranks)):  # deal there and back, so that shares are even
-            for item in longest_first[start : start + ranks][rank if turn % 2 == 0 else ranks - 1 - rank :][:1]:
-                if not plans[rank] or (len(plans[rank][-1]) + 1) * lengths[plans[rank][-1][0]] > max_tokens:
-                    plans[rank].append([])
-                plans[rank][-1].append(item)
-    count = max(map(len, plans))
-    return [plan + [[]] * (count - len(plan)) for plan in plans]
-
-
-# ------------------------------------------------------------------------------------------ a run, and its collectives
-
-
-@dataclass
-class Run:
-    args: argparse.Namespace
-    accelerator: Accelerator
-    tokenizer: object
-    train: TokenizedRows
-    evaluation: TokenizedRows | None
-    keep: set[int]  # ids of the small sources: kept whole, or by --keep_share
-    model: torch.nn.Module  # as prepared: what training calls
-    optimizer: torch.optim.Optimizer
-    scheduler: object
-    probe: VProjectionProbe
-    hook: LabelledLogits
-    moments: AdamMoments
-    trained: list[torch.nn.Parameter]
-    modules: list[torch.nn.Module]
-    settings: dict = field(default_factory=dict)  # what a run that goes on must have in common with this one
-    comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
-    saved: Path | None = None  # the newest checkpoint
-    stop: bool = False  # SIGTERM came
-
-    @property
-    def inner(self) -> torch.nn.Module:
-        """What probing and evaluation call: DDP's own forward would arm its reducer; FSDP2's gathers the weights."""
-        return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
-
-    def micro_batches(self, data: TokenizedRows, rows: list[int], max_tokens: int):
-        """This rank's micro-batches: (item numbers into `rows`, batch on the device, is it the last?).
-
-        No items mark a stand-in. Each is collated while the device works on the one before.
-        """
-        lengths = [data.length(row) for row in rows]
-        shortest = lengths.index(min(lengths))
-        plan = plan_micro_batches(lengths, max_tokens, self.ranks, self.args.packing)[self.accelerator.process_index]
-        for i, items in enumerate(plan):
-            examples = [data.example(rows[i]) for i in items or [shortest]]
-            batch = pack(examples, self.args.max_length) if self.args.packing else collate(examples)
-            batch = batch.pin() if self.device.type == "cuda" else batch
-            yield items, batch.to(self.device), i + 1 == len(plan)
-
-    def mode(self, training: bool) -> None:
-        """Switch dropout on or off: what `model.train(training)` does, less its walk that costs milliseconds."""
-        for module in self.modules:
-            vars(module)["training"] = training
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    # the collectives: only main's wait for all ranks stands elsewhere
-
-    @property
-    def ranks(self) -> int:
-        return self.accelerator.num_processes
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        self.comm_bytes += tensor.nbytes if self.ranks > 1 else 0
-        return self.accelerator.reduce(tensor, "sum") if self.ranks > 1 else tensor
-
-    def from_main(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor on every rank."""
-        self.comm_bytes += tensor.nbytes if self.ranks > 1 else 0
-        return broadcast(tensor.to(self.device)).cpu() if self.ranks > 1 else tensor
-
-    def clip(self) -> Tensor:
-        """Clip the gradients to --max_grad_norm; returns the norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def state(self) -> dict:
-        """Trained weights and optimizer state, whole and on the host, on every rank."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        model = get_model_state_dict(self.model, options=options)
-        return {"model": model, "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options)}
-
-
-# ------------------------------------------------------------------------------- one step: pool, probe, select, train
-
-
-@dataclass
-class Choice:
-    """The coreset of one step, as positions in the pool."""
-
-    index: Tensor  # [K]
-    weight: Tensor  # [K] of the examples' losses
-    kept: Tensor  # positions of the small sources' rows
-    probe_tokens: int = 0
-    skipped_probes: int = 0
-    history: tuple = ()  # sum of g, sum of g^2, count of the selected big-source examples
-
-
-TOKEN_POWER = {"uniform": 0.0, "sqrt": 0.5, "tokens": 1.0}  # --example_weights: a loss weighs its tokens to this power
-
-
-def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
-    """The coreset of one pool by --selection, and the weights of its losses."""
-    places = candidates(run, pool, step)  # [n <= N]
-    choice = pick_coreset(run, pool[places], step, clock)
-    weight = choice.weight.float() if run.args.medoid_weights == "cluster" else torch.ones(len(choice.index))
-    index = places[choice.index]
-    return replace(choice, index=index, weight=weight * token_weights(run, pool[index]), kept=places[choice.kept])
-
-
-def token_weights(run: Run, rows: Tensor) -> Tensor:
-    """Weights of the losses of dataset `rows` by --example_weights, [n]."""
-    return run.train.completion_tokens(rows) ** TOKEN_POWER[run.args.example_weights]
-
-
-def candidates(run: Run, pool: Tensor, step: int) -> Tensor:
-    """Positions in the pool that a coreset may take, [n]: all, unless --keep_share thins the small sources at random.
-
-    A share s leaves ceil(n_s (s + (1 - s) K / N)) of their n_s examples.
-    """
-    args, n = run.args, len(pool)
-    if args.keep_share == 1:
-        return torch.arange(n)
-    share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, n) / n
-    small = torch.isin(run.train.sources[pool], torch.tensor(sorted(run.keep), dtype=torch.long)).nonzero()[:, 0]
-    shuffled = small[torch.randperm(len(small), generator=generator_of(args.seed, "thin", step))]
-    may = torch.ones(n, dtype=torch.bool)
-    may[shuffled[math.ceil(share * len(small)) :]] = False
-    return may.nonzero()[:, 0]
-
-
-def pick_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
-    """Kept examples, then medoids of the others or a random part of them (Algorithm 1)."""
-    args, sources = run.args, run.train.sources[pool]
-    k = min(args.coreset_size, len(pool))
-    generator = generator_of(args.seed, "pick", step)
-    is_kept = torch.isin(sources, torch.tensor(sorted(run.keep), dtype=sources.dtype))
-    selection = "random" if args.cluster_sources and step < args.cluster_warmup else args.selection
-    if args.selection == "full":
-        return Choice(torch.arange(len(pool)), torch.ones(len(pool)), is_kept.nonzero()[:, 0])
-    if selection == "random":
-        is_kept = torch.zeros_like(is_kept)
-    kept = is_kept.nonzero()[:, 0]
-    if selection != "colm" or len(kept) >= k:
-        shuffled = torch.randperm(len(pool), generator=generator)
-        shuffled = shuffled[is_kept[shuffled].sort(descending=True, stable=True).indices]  # kept ones first
-        return Choice(shuffled[:k], torch.ones(k), kept)
-
-    probed = (~is_kept).nonzero()[:, 0]  # DIFFERS 11: kept examples need no probe
-    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
-    gradients, mine = probe_pool(run, pool[probed], step)
-    clock.mark("probe")
-    # SPSA: every rank holds all derivatives and does the rest alone. Exact gradients: each rank holds its own rows.
-    add_up = run.add_up if args.probe == "grad" else lambda tensor: tensor
-    present, local = sources[probed].unique(return_inverse=True)
-    device = run.device
-    own = sparse_features(gradients, local[mine], len(present), run.moments, args.sparsify_dims, device, add_up)
-    features = own.new_zeros(len(pool), own.shape[1])
-    features[probed[mine].to(device, non_blocking=True)] = own
-    features = add_up(features)
-    skipped = (~features.isfinite().all(1)).sum()  # read when the selection has waited for the device
-    coreset = select_coreset(features, sources, k, run.keep, args.sparsify_dims, args.similarity)
-    if not len(coreset.index):  # nothing kept, no probe finite: the loss will tell whether training can go on
-        return Choice(torch.randperm(len(pool), generator=generator)[:k], torch.ones(k), kept, skipped_probes=len(pool))
-    index, weight = run.from_main(torch.stack(coreset))  # [K], [K]
-    chosen = torch.isin(probed, index)  # [n] the medoids among the probed
-    skipped = int(skipped)
-    history = (*map(add_up, gradients.sums(chosen[mine], device)), int(chosen.sum()))
-    return Choice(index, weight, kept, tokens, skipped, history)
-
-
-def clustering_steps(args) -> set[int]:
-    """Steps that begin with a clustering: after the warm-up, then evenly over the rest of the run (5.4)."""
-    rest = max(0, args.max_steps - args.cluster_warmup)
-    return {args.cluster_warmup + rest * i // (args.cluster_updates + 1) for i in range(args.cluster_updates + 1)}
-
-
-def cluster_rows(run: Run, step: int) -> None:
-    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
-    run.mode(training=False)
-    features, mine = [], []
-    batches = run.micro_batches(run.train, list(range(len(run.train))), probe_budget(run.args))
-    for items, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
-        with run.accelerator.autocast():
-            features.append(mean_hidden_states(run.inner, batch)[: len(items)])
-        mine += items
-    generator = generator_of(run.args.seed, "clusters", step)
-    mine = torch.tensor(mine, device=run.device)
-    clusters = k_means(torch.cat(features), mine, len(run.train), run.args.cluster_sources, generator, run.add_up)
-    use_clusters(run, clusters.cpu())
-
-
-def use_clusters(run: Run, clusters: Tensor) -> None:
-    run.train.sources, run.train.names = clusters, [f"cluster {c}" for c in range(run.args.cluster_sources)]
-    sizes = torch.bincount(clusters, minlength=run.args.cluster_sources).tolist()
-    run.keep = small_sources({c: size for c, size in enumerate(sizes) if size})
-
-
-def probe_budget(args) -> int:
-    """Tokens of a micro-batch without backward: twice as many, unless memory is short."""
-    return args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)
-
-
-def probe_pool(run: Run, rows: Tensor, step: int) -> tuple[PoolGradients, Tensor]:
-    """Zeroth-order or exact gradients of the last V projection for dataset `rows`; which of them this rank holds."""
-    args, probe, device = run.args, run.probe, run.device
-    run.mode(training=False)
-    gradients, mine, derivatives = PoolGradients(probe.dims), [], None
-    budget = probe_budget(args)
-    if args.probe == "spsa":
-        gradients.z = directions(args, probe, step, device)
-        gradients.derivatives = derivatives = torch.zeros(len(rows), args.num_directions, device=device)
-        budget = max(1, budget // args.num_directions)  # the head sees 2 copies of a row for each direction
-    for items, batch, _ in run.micro_batches(run.train, rows.tolist(), budget):
-
-        def losses(batch=batch):
-            with run.accelerator.autocast():
-                return example_losses(run.inner, run.hook, batch)
-
-        if args.probe == "spsa":
-            values = probe.spsa(losses, gradients.z, args.spsa_eps, args.spsa_wide_tail)  # [B, directions]
-            derivatives[torch.tensor(items).long().to(device, non_blocking=True)] = values[: len(items)].float()
-        else:
-            values = probe.gradients(losses, batch)  # [B, D]
-            gradients.add(values[: len(items)])
-        mine += items
-    if args.probe == "spsa":
-        gradients.derivatives = run.add_up(derivatives)
-        mine = range(len(rows))
-    return gradients, torch.tensor(mine, dtype=torch.long)
-
-
-def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
-    """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5); new at each step.   # DIFFERS 9"""
-    generator = generator_of(args.seed, "direction", step if args.direction == "step" else "run", device=device)
-    return torch.randn(args.num_directions, *probe.shape, generator=generator, device=device)
-
-
-def train_on(run: Run, rows: Tensor, weights: Tensor, step: int) -> Tensor:
-    """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
-    torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))
-    share = (weights.double() / weights.double().sum()).float()  # [K], sums to 1
-    run.mode(training=True)
-    total = torch.zeros((), device=run.device)
-    for items, batch, last in run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch):
-        with nullcontext() if last else run.accelerator.no_sync(run.model):
-            with run.accelerator.autocast():
-                losses = example_losses(run.model, run.hook, batch)[0]  # [B]
-            loss = (losses * share[items].to(run.device, non_blocking=True)).sum() if items else losses.sum() * 0
-            (loss * run.ranks).backward()  # DDP and FSDP take the mean over ranks
-        total += loss.detach()
-    return run.add_up(total)
-
-
-def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
-    """Clip, step the optimizer and the probe's history; returns the norm, None where it or the loss is not finite."""
-    norm = run.clip()
-    broken = (~torch.stack([loss, norm]).isfinite().all()).float()
-    run.optimizer.found_inf = broken  # if 1, fused AdamW changes neither weights nor moments
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    moments = copy(run.moments)
-    if choice.history:
-        moments.update_from_sums(*choice.history)
-    broken, norm = torch.stack([broken, norm]).tolist()  # the first wait for the device since the selection
-    if broken:
-        return None
-    run.moments = moments
-    return norm
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> dict:
-    """Held-out loss: mean over examples, mean over sources, per token, and per source."""
-    data, device = run.evaluation, run.device
-    sums = torch.zeros(len(data.names), 4, dtype=torch.float64, device=device)  # loss, examples, token loss, tokens
-    run.mode(training=False)
-    for items, batch, _ in run.micro_batches(data, list(range(len(data))), run.args.max_tokens_per_micro_batch):
-        with run.accelerator.autocast():
-            losses = example_losses(run.inner, run.hook, batch)[0].double()
-        values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
-        sums.index_add_(0, data.sources[items].to(device), values[: len(items)])
-    sums = run.add_up(sums).cpu()
-    seen = (sums[:, 1] > 0).nonzero()[:, 0].tolist()
-    per_source = {data.names[q]: (sums[q, 0] / sums[q, 1]).item() for q in seen}
-    loss, examples, token_loss, tokens = sums.sum(0).tolist()
-    return {
-        "eval_loss": loss / examples,
-        "eval_loss_source_mean": sum(per_source.values()) / len(per_source),
-        "eval_loss_per_token": token_loss / tokens,
-        "eval_loss_of": per_source,
-    }
-
-
-# ------------------------------------------------------------------------------------------------- clocks and records
-
-
-class Clock:
-    """Seconds and peak memory of the phases of a step, read once at its end so that the device never waits."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple] = []
-        self.mark("start")
-
-    def mark(self, name: str) -> None:
-        if self.cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-            peak = torch.cuda.memory.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"]
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.marks.append((name, now, peak / 1e9))
-
-    def read(self) -> dict:
-        """{phase}_s and {phase}_gb since the mark before, step_s and peak_gb over all."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-        def seconds(a, b):
-            return a.elapsed_time(b) / 1e3 if self.cuda else b - a
-
-        record = {f"{name}_{unit}": 0.0 for name in ("probe", "select", "train") for unit in ("s", "gb")}
-        for (_, before, _), (name, now, peak) in itertools.pairwise(self.marks):
-            record |= {f"{name}_s": seconds(before, now), f"{name}_gb": peak}
-        record["step_s"] = seconds(self.marks[0][1], self.marks[-1][1])
-        record["peak_gb"] = max(peak for _, _, peak in self.marks[1:])
-        return {key: round(value, 6) for key, value in record.items()}
-
-
-def append(path: Path, record: dict) -> None:
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): free space in {path.parent}, then go on from the last "
-            "checkpoint with --resume auto"
-        ) from None
-
-
-def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
-    """Records up to `last_step`; a line that a kill cut short ends them."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= last_step:
-            records.append(record)
-    return records
-
-
-def rewind(folder: Path, step: int) -> None:
-    """Drop the records that a resumed run will write again."""
-    for name in ("metrics.jsonl", "selection.jsonl", "eval.jsonl"):
-        records = read_records(folder / name, step)
-        with replacing(folder / name) as aside:
-            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@contextmanager
-def replacing(path: Path):
-    """Write a file or folder aside and rename it: a kill at any instant leaves the old one or the new one."""
-    aside, old = path.with_name(f"tmp-{path.name}"), path.with_name(f"tmp-old-{path.name}")
-    try:
-        yield aside
-        if path.is_dir():  # no folder can be renamed onto another
-            os.replace(path, old)
-        os.replace(aside, path)
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        remove(old)
-        remove(aside)
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def save_checkpoint(run: Run, step: int) -> Path:
-    """State after `step` optimizer steps. Every rank takes part in gathering it; rank 0 writes."""
-    if run.saved and step_of(run.saved) == step:  # resumed from it, or saved a moment ago
-        return run.saved
-    state = run.state() | {"scheduler": run.scheduler.state_dict(), "moments": run.moments.state_dict(), "step": step}
-    state["clusters"] = run.train.sources if run.args.cluster_sources and step > run.args.cluster_warmup else None
-    path = Path(run.args.output_dir) / f"checkpoint-{step:06d}"
-
-    def write():
-        with replacing(path) as aside:
-            remove(aside)
-            aside.mkdir()
-            (aside / "settings.json").write_text(json.dumps(run.settings, indent=1))
-            torch.save(state, aside / "state.pt")
-        for old in checkpoints(path.parent)[: -run.args.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    on_main(run, write, f"checkpoint of step {step}")
-    run.saved = path
-    return path
-
-
-def on_main(run: Run, write, what: str) -> None:
-    """Rank 0 writes; all ranks learn whether it could."""
-    problem = None
-    if run.accelerator.is_main_process:
-        try:
-            write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            problem = error
-    if run.add_up(torch.tensor(float(problem is not None), device=run.device)):
-        raise UserError(
-            f"the {what} could not be written ({' '.join(str(problem).split())[:160]}): free space in "
-            f"{run.args.output_dir}, then go on from the last checkpoint with --resume auto"
-        )
-
-
-def check_agreement(run: Run, start: int) -> None:
-    """Ranks never exchange rows, so all must see the same data, flags and checkpoint."""
-    mine = torch.tensor([start, seed_of(run.settings)])
-    if run.add_up((run.from_main(mine) != mine).any().float().to(run.device)):
-        raise UserError("the hosts differ in data, flags or checkpoint: give all the same, and a shared --output_dir")
-
-
-def settings_of(args, train: TokenizedRows) -> dict:
-    settings = {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
-    return settings | {"model": model_fingerprint(args), "training data": train.fingerprint()}
-
-
 def model_fingerprint(args) -> str | None:
     """Equal for models of the same shape, wherever they lie."""
     if args.model is None:
@@ -1042,79 +778,7 @@ def model_fingerprint(args) -> str | None:
     return f"{config.model_type} {hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest()[:16]}"
 
 
-def find_checkpoint(args, folder: Path) -> Path | None:
-    """The checkpoint to resume from, after checking that the output folder may be used."""
-    if args.resume not in (None, "auto"):
-        path = Path(args.resume)
-        if not (path / "state.pt").exists() or not (path / "settings.json").exists():
-            raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
-        own = path.resolve().parent == folder.resolve()
-        if args.overwrite or (not own and (checkpoints(folder) or (folder / "metrics.jsonl").exists())):
-            raise UserError(f"--resume {path} would delete what --output_dir {folder} holds: choose another folder")
-        return path
-    if args.resume and args.overwrite:
-        raise UserError("--resume auto and --overwrite exclude each other: drop one")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file: choose another folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {folder}: {existing} is not writable: choose another folder")
-    found = checkpoints(folder)
-    if args.resume is None and not args.overwrite and (found or (folder / "metrics.jsonl").exists()):
-        raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
-    return found[-1] if found and args.resume == "auto" else None
-
-
-def check_settings(settings: dict, checkpoint: Path) -> None:
-    try:
-        saved = json.loads((checkpoint / "settings.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{checkpoint}/settings.json can't be read: resume from another checkpoint") from None
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            name = name if " " in name else f"--{name}"
-            raise UserError(
-                f"{name} is {value}, but {checkpoint} was made with {saved.get(name.removeprefix('--'))}: "
-                "use the same, or start another --output_dir"
-            )
-
-
-def load_checkpoint(run: Run, path: Path) -> int:
-    """Restore everything; returns the number of steps done."""
-    try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a cut or foreign file fails in many ways
-        raise UserError(f"{path}/state.pt can't be read ({type(error).__name__}): use another checkpoint") from None
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(run.model, state["model"], options=options)
-    if state["optimizer"]["state"]:  # else setting it would make a step: no update had been made
-        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
-    run.scheduler.load_state_dict(state["scheduler"])
-    moments = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in state["moments"].items()}
-    run.moments.load_state_dict(moments)
-    if state["clusters"] is not None:
-        use_clusters(run, state["clusters"])
-    run.saved = path
-    return state["step"]
-
-
-def save_final(run: Run) -> Path:
-    """A PEFT adapter, or the whole model, with its tokenizer."""
-    weights = run.state()["model"]
-    model = run.accelerator.unwrap_model(run.model)
-    folder = Path(run.args.output_dir)
-
-    def write():
-        with replacing(folder / "final") as aside:
-            remove(aside)
-            model.save_pretrained(aside, state_dict=weights)
-            run.tokenizer.save_pretrained(aside)
-
-    on_main(run, write, "final model")
-    return folder / "final"
-
-
-# ------------------------------------------------------------------------------------------------------------- set-up
+# --------------------------------------------------------------------------------------------------------------- set-up
 
 
 def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows | None, set[int]]:
@@ -1151,7 +815,8 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
 
 
 def make_accelerator(args) -> Accelerator:
-    accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
+    trackers = [name for name in args.report_to if name != "png"]
+    accelerator = Accelerator(log_with=trackers or None, project_dir=args.output_dir)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
@@ -1213,7 +878,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     run = Run(
         *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
         probe=VProjectionProbe(accelerator.unwrap_model(model), args.probe_module),
-        hook=LabelledLogits(accelerator.unwrap_model(model)),
+        labelled_logits=LabelledLogits(accelerator.unwrap_model(model)),
         moments=AdamMoments(optimizer.defaults["betas"]),
         trained=[p for p in model.parameters() if p.requires_grad],
         modules=list(model.modules()),
@@ -1252,77 +917,397 @@ def compile_layers(run: Run) -> None:
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
-    TokenCrossEntropy.compile()
+    run.labelled_logits.kernels = LossKernels.compiled()
     for layer in run.probe.layers:
         layer.compile(dynamic=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- loop
+# --------------------------------------------------------------------------------------------------- clocks and records
 
 
-def train_loop(run: Run, start: int) -> None:
-    """The hand-rolled loop, from `start` steps done to --max_steps."""
-    args, accelerator, folder = run.args, run.accelerator, Path(run.args.output_dir)
-    device = accelerator.device
-    if run.evaluation is not None and not run.saved:
-        log_evaluation(run, 0)
-    quiet = not accelerator.is_main_process
-    for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)):
-        if args.cluster_sources and step in clustering_steps(args):
-            cluster_rows(run, step)
-        clock, run.comm_bytes = Clock(device), 0
-        pool = draw_pool(len(run.train), args.pool_size, args.seed, step)
-        choice = choose_coreset(run, pool, step, clock)
-        clock.mark("select")
+class Clock:
+    """Seconds and peak memory of the phases of a step, read once at its end so that the device never waits."""
 
-        rows = pool[choice.index]
-        loss = train_on(run, rows, choice.weight, step)
-        lr = run.scheduler.get_last_lr()[0]
-        norm = update(run, choice, loss)
-        if norm is None:
-            path = save_checkpoint(run, step)
-            raise UserError(
-                f"the loss {loss.item()} or its gradient at step {step + 1} is not finite: lower --learning_rate; "
-                f"the state before this step is in {path}"
-            )
-        run.scheduler.step()
-        clock.mark("train")
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple] = []
+        self.mark("start")
 
-        done = step + 1
-        record = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": norm, "pool": len(pool)}
-        record |= {"kept": len(choice.kept), "selected": len(rows), "skipped_probes": choice.skipped_probes}
-        record |= {"tokens": sum(map(run.train.length, rows.tolist())), "probe_tokens": choice.probe_tokens}
-        record |= clock.read() | {"comm_bytes": run.comm_bytes}
-        bar.set_postfix(loss=f"{record['loss']:.4f}")
-        if accelerator.is_main_process:
-            number = run.train.numbers
-            picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
-            append(folder / "metrics.jsonl", record)
-            append(folder / "selection.jsonl", {"step": done} | {k: number[v].tolist() for k, v in picked.items()})
-        if args.report_to:
-            accelerator.log(record, step=done)
-        last = done == args.max_steps
-        if run.evaluation is not None and (last or (args.eval_every and done % args.eval_every == 0)):
-            log_evaluation(run, done)
-        stop = bool(run.add_up(torch.tensor(float(run.stop), device=device)))
-        if stop or (args.save_every and (last or done % args.save_every == 0)):
-            path = save_checkpoint(run, done)
-        if stop and not last:
-            accelerator.print(f"stopped by SIGTERM after step {done}: go on from {path} with --resume auto")
-            raise SystemExit(0)
+    def mark(self, name: str) -> None:
+        """End the phase `name`."""
+        if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+            peak = torch.cuda.memory.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"]
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.marks.append((name, now, peak / 1e9))
+
+    def read(self) -> dict:
+        """{phase}_s and {phase}_gb since the mark before, step_s and peak_gb over all."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+        def seconds(a, b):
+            return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+
+        record = {}
+        for phase in ("probe", "select", "train"):
+            record |= {f"{phase}_s": 0.0, f"{phase}_gb": 0.0}
+        for (_, before, _), (phase, now, peak) in itertools.pairwise(self.marks):
+            record |= {f"{phase}_s": seconds(before, now), f"{phase}_gb": peak}
+        record["step_s"] = seconds(self.marks[0][1], self.marks[-1][1])
+        record["peak_gb"] = max(peak for _, _, peak in self.marks[1:])
+        return {key: round(value, 6) for key, value in record.items()}
 
 
-def log_evaluation(run: Run, step: int) -> None:
-    record = {"step": step} | evaluate(run)
+def append(path: Path, record: dict) -> None:
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}): free space in {path.parent}, then resume from the last "
+            "checkpoint with --resume auto"
+        ) from None
+
+
+def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
+    """Records up to `last_step`; a line that a kill cut short ends them."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= last_step:
+            records.append(record)
+    return records
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop the records that a resumed run will write again."""
+    for name in ("metrics.jsonl", "selection.jsonl", "eval.jsonl"):
+        records = read_records(folder / name, step)
+        with replacing(folder / name) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def rows_by_source(run: Run) -> dict[str, list[int]]:
+    """How many rows of each source were drawn, kept and selected so far, from selection.jsonl."""
+    data = run.train
+    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
+    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
+    for record in read_records(Path(run.args.output_dir) / "selection.jsonl"):
+        for key, of_source in counts.items():
+            for row in record[key]:
+                of_source[source_of[row]] += 1
+    return counts
+
+
+def draw_run(run: Run) -> None:
+    """OUTPUT/run.png: loss, schedule, selection, time and memory of the run so far, for --report_to png."""
+    from matplotlib.figure import Figure
+
+    folder = Path(run.args.output_dir)
+    metrics, evals = read_records(folder / "metrics.jsonl"), read_records(folder / "eval.jsonl")
+    steps = [record["step"] for record in metrics]
+
+    def column(name: str) -> list[float]:
+        return [record[name] for record in metrics]
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    (losses, per_source, schedule), (selection, seconds, memory) = figure.subplots(2, 3)
+
+    losses.plot(steps, column("loss"), color="0.7", label="coreset")
+    eval_steps = [record["step"] for record in evals]
+    for name, label in (("eval_loss", "held out, per example"), ("eval_loss_source_mean", "mean over sources")):
+        losses.plot(eval_steps, [record[name] for record in evals], marker="o", label=label)
+    losses.set_title("loss, nats a token")
+
+    for source in run.train.names[:20]:  # more lines than that can't be told apart
+        seen = [record for record in evals if source in record["eval_loss_of"]]
+        points = [(record["step"], record["eval_loss_of"][source]) for record in seen]
+        if points:
+            per_source.plot(*zip(*points, strict=True), marker=".", label=source)
+    per_source.set_title("held-out loss of each source")
+
+    schedule.plot(steps, column("grad_norm"), color="0.7", label="gradient norm, before clipping")
+    schedule.set_yscale("log")
+    rate = schedule.twinx()
+    rate.plot(steps, column("lr"), color="C1")
+    rate.set_ylabel("learning rate", color="C1")
+    schedule.set_title("gradient norm and learning rate")
+
+    places = torch.arange(len(run.train.names))
+    for key, label, offset in (("pool", "of pools", -0.2), ("selected", "of coresets", 0.2)):
+        count = torch.tensor(rows_by_source(run)[key])  # [sources]
+        selection.barh(places + offset, 100 * count / count.sum(), 0.4, label=label)
+    if len(places) <= 30:
+        selection.set_yticks(places, [name[:24] for name in run.train.names], fontsize="small")
+    selection.invert_yaxis()
+    selection.set_title("share of each source, %")
+
+    phases = ("probe", "select", "train")
+    seconds.stackplot(steps, [column(f"{phase}_s") for phase in phases], labels=phases)
+    seconds.set_ylim(0, 2 * sorted(column("step_s"))[len(steps) // 2])  # a first step that compiles is off the scale
+    seconds.set_title("seconds of a step")
+
+    memory.plot(steps, column("peak_gb"))
+    memory.set_ylim(0, 1.1 * max(column("peak_gb")))
+    memory.set_title("peak memory, GB")
+
+    for axes in (losses, per_source, schedule, selection, seconds):
+        axes.legend(fontsize="small")
+    for axes in (losses, per_source, schedule, seconds, memory):
+        axes.set_xlabel("step")
+    figure.suptitle(run.args.run_name or folder.absolute().name)
+    with replacing(folder / "run.png") as aside:
+        figure.savefig(aside, format="png", dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+FREE_ON_RESUME = {  # settings that may differ when a run resumes; every other one shapes the result
+    *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
+    *("report_to", "trust_remote_code", "train_file", "cache_dir"),  # paths may move; the data is compared
+    *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
+}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in an output folder, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def save_model(run: Run, folder: Path, weights: dict) -> None:
+    """A PEFT adapter or a whole model, its tokenizer, and the settings it was trained with."""
+    remove(folder)
+    run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
+    run.tokenizer.save_pretrained(folder)
+    (folder / "settings.json").write_text(json.dumps(run.settings, indent=1))
+
+
+def save_checkpoint(run: Run, step: int) -> Path:
+    """The model after `step` optimizer steps, with what a resumed run needs besides it in state.pt."""
+    if run.saved and step_of(run.saved) == step:  # resumed from it, or saved a moment ago
+        return run.saved
+    weights, optimizer = run.trained_state()  # every rank takes part in gathering them; the main process writes
+    state = {"step": step, "optimizer": optimizer, "scheduler": run.scheduler.state_dict()}
+    state["moments"] = run.moments.state_dict()
+    clustered = run.args.cluster_sources and step > run.args.cluster_warmup
+    state["clusters"] = run.train.sources if clustered else None
+    path = Path(run.args.output_dir) / f"checkpoint-{step:06d}"
+
+    def write():
+        with replacing(path) as aside:
+            save_model(run, aside, weights)
+            torch.save(state, aside / "state.pt")
+        for old in checkpoints(path.parent)[: -run.args.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    on_main(run, write, f"checkpoint of step {step}")
+    run.saved = path
+    return path
+
+
+def save_final(run: Run) -> Path:
+    weights, _ = run.trained_state()
+    path = Path(run.args.output_dir) / "final"
+
+    def write():
+        with replacing(path) as aside:
+            save_model(run, aside, weights)
+
+    on_main(run, write, "final model")
+    return path
+
+
+def on_main(run: Run, action, what: str) -> None:
+    """The main process acts; all ranks learn whether it could, or the others would wait for it for ever."""
+    problem = None
     if run.accelerator.is_main_process:
-        append(Path(run.args.output_dir) / "eval.jsonl", record)
-    if run.args.report_to:
-        flat = {k: v for k, v in record.items() if isinstance(v, float)}
-        run.accelerator.log(flat | {f"eval_loss/{k}": v for k, v in record["eval_loss_of"].items()}, step=step)
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            reason = " ".join(str(error).split())[:160]
+            problem = (
+                f"the {what} could not be written ({reason}): free space in {run.args.output_dir}, then resume from "
+                "the last checkpoint with --resume auto"
+            )
+    if run.all_reduce(torch.tensor(float(problem is not None), device=run.device)):
+        raise UserError(problem or f"the main process could not write the {what}")
+
+
+def settings_of(args, train: TokenizedRows) -> dict:
+    """What shapes the result of a run: flags, model and data."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    return settings | {"model": model_fingerprint(args), "training data": train.fingerprint()}
+
+
+def find_checkpoint(args, folder: Path) -> Path | None:
+    """The checkpoint to resume from, after checking that the output folder may be used."""
+    holds_a_run = bool(checkpoints(folder)) or (folder / "metrics.jsonl").exists()
+    if args.resume not in (None, "auto"):
+        path = Path(args.resume)
+        if not (path / "state.pt").exists() or not (path / "settings.json").exists():
+            raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
+        own = path.resolve().parent == folder.resolve()
+        if args.overwrite or (not own and holds_a_run):
+            raise UserError(f"--resume {path} would delete what --output_dir {folder} holds: choose another folder")
+        return path
+    if args.resume and args.overwrite:
+        raise UserError("--resume auto and --overwrite exclude each other: drop one")
+    for path in (folder, folder / "final"):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: remove the link")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file: choose another folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {folder}: {existing} is not writable: choose another folder")
+    if args.resume is None and not args.overwrite and holds_a_run:
+        raise UserError(f"--output_dir {folder} holds another run: add --resume auto or --overwrite, or choose another")
+    if args.resume == "auto" and checkpoints(folder):
+        return checkpoints(folder)[-1]
+    return None
+
+
+def check_settings(args, settings: dict, checkpoint: Path) -> None:
+    """A resumed run must compute what the run that it resumes would have computed."""
+    try:
+        saved = json.loads((checkpoint / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{checkpoint}/settings.json can't be read: resume from another checkpoint") from None
+    for name, value in settings.items():
+        before = saved.get(name)
+        if before == value:
+            continue
+        if name == "max_steps" and before is not None and value > before:
+            check_extension(args, before, step_of(checkpoint))
+            continue
+        flag = name if " " in name else f"--{name}"
+        raise UserError(
+            f"{flag} is {value}, but {checkpoint} was made with {before}: use the same, or start another --output_dir"
+        )
+
+
+def check_extension(args, before: int, done: int) -> None:
+    """A longer run is the same run as long as no step done depends on its length."""
+    if args.lr_scheduler != "constant":
+        raise UserError(
+            f"--max_steps {args.max_steps} is more than the {before} of the run, whose {args.lr_scheduler} schedule "
+            "ends there: only --lr_scheduler constant can be extended"
+        )
+    if args.cluster_sources:
+        raise UserError(
+            f"--max_steps {args.max_steps} is more than the {before} of the run, over which --cluster_updates are "
+            "spread: a run with --cluster_sources can't be extended"
+        )
+    if math.ceil(args.warmup_ratio * args.max_steps) > done:
+        raise UserError(
+            f"--max_steps {args.max_steps} lengthens the warm-up beyond the {done} steps done: lower it, or resume "
+            "from a later checkpoint"
+        )
+
+
+def load_checkpoint(run: Run, path: Path) -> int:
+    """Restore everything but the model's weights, which `load_model` has read; returns the number of steps done."""
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut or foreign file fails in many ways
+        raise UserError(f"{path}/state.pt can't be read ({type(error).__name__}): use another checkpoint") from None
+    if state["optimizer"]["state"]:  # else setting it would make a step: no update had been made
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=options)
+    run.scheduler.load_state_dict(state["scheduler"])
+    moments = state["moments"]
+    for name in ("m", "v"):
+        if moments[name] is not None:
+            moments[name] = moments[name].to(run.device)
+    run.moments.load_state_dict(moments)
+    if state["clusters"] is not None:
+        use_clusters(run, state["clusters"])
+    run.saved = path
+    return state["step"]
+
+
+def check_agreement(run: Run, start: int) -> None:
+    """Ranks never exchange rows, so all must see the same data, flags and checkpoint."""
+    mine = torch.tensor([start, seed_of(run.settings)])
+    differs = (run.broadcast(mine) != mine).any()
+    if run.all_reduce(differs.float().to(run.device)):
+        raise UserError("the hosts differ in data, flags or checkpoint: give all the same, and a shared --output_dir")
+
+
+@contextmanager
+def open_output(run: Run, checkpoint: Path | None, start: int):
+    """Hold the output folder for the duration of a block, cleared of what this run will write again.
+
+    The system gives the lock up when the process ends, however it ends: none is ever stale.
+    """
+    folder = Path(run.args.output_dir)
+    lock = None
+
+    def prepare():
+        nonlocal lock
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {folder} is in use by another process: choose another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        if find_checkpoint(run.args, folder) != checkpoint:  # written to since this run looked
+            raise UserError(f"--output_dir {folder} has been written to by another run: start again")
+        stale = [path for path in checkpoints(folder) if run.args.overwrite or step_of(path) > start]
+        if run.args.overwrite:
+            stale.append(folder / "final")
+        for path in [*folder.glob("tmp-*"), *stale]:
+            remove(path)
+        rewind(folder, start if checkpoint else -1)
+
+    try:
+        on_main(run, prepare, "output folder")
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
 
 
 def kept_how(args) -> str:
     return "kept whole" if args.keep_share == 1 else "kept in part"
+
+
+def announce(run: Run) -> None:
+    """What a reader wants to know before the first step."""
+    args, data = run.args, run.train
+    say = run.accelerator.print
+    counts = torch.bincount(data.sources, minlength=len(data.names))
+    small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"
+    say(f"{len(data)} rows of {len(data.names)} sources; {kept_how(args)}: {small}")
+    if args.selection not in ("colm", "random_keep"):
+        return
+    share = sum(counts[sorted(run.keep)].tolist()) / len(data)
+    share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size
+    if share * args.pool_size > args.coreset_size:
+        say(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
+    if len(data.names) > args.coreset_size:
+        say(
+            f"{len(data.names)} sources outnumber the {args.coreset_size} examples of a coreset: in a step most big "
+            "sources get none or one, drawn by lot; a coarser --source_field or --cluster_sources would say more"
+        )
 
 
 def summary(run: Run, final: Path) -> str:
@@ -1333,26 +1318,41 @@ def summary(run: Run, final: Path) -> str:
         before, after, what = evals[0]["eval_loss"], evals[-1]["eval_loss"], "held-out loss"
     else:
         tenth = max(1, len(metrics) // 10)
-        before = sum(r["loss"] for r in metrics[:tenth]) / tenth
-        after, what = sum(r["loss"] for r in metrics[-tenth:]) / tenth, "training loss, first and last tenth"
-    source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
-    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
-    for record in read_records(folder / "selection.jsonl"):
-        for key, tally in counts.items():
-            for row in record[key]:
-                tally[source_of[row]] += 1
+        before = sum(record["loss"] for record in metrics[:tenth]) / tenth
+        after = sum(record["loss"] for record in metrics[-tenth:]) / tenth
+        what = "training loss, first and last tenth"
+    counts = rows_by_source(run)
     sizes = torch.bincount(data.sources, minlength=len(data.names)).tolist()
     lines = [f"\n{what}: {before:.4f} -> {after:.4f} in {len(metrics)} steps"]
     if run.args.cluster_sources:
-        lines += ["sources as clustered last:"]
-    lines += [f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}"]
+        lines.append("sources as clustered last:")
+    lines.append(f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}")
     for q, name in enumerate(data.names):
-        small = f"  ({kept_how(run.args)})" if q in run.keep else ""
-        lines += [f"{name[:32]:<32} {sizes[q]:>8} " + " ".join(f"{counts[k][q]:>8}" for k in counts) + small]
+        line = f"{name[:32]:<32} {sizes[q]:>8} {counts['pool'][q]:>8} {counts['kept'][q]:>8} {counts['selected'][q]:>8}"
+        lines.append(f"{line}  ({kept_how(run.args)})" if q in run.keep else line)
     if data.shortened or data.dropped:
-        lines += [f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length"]
+        lines.append(f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length")
     kind = "adapter" if run.args.lora_r else "model"
-    return "\n".join([*lines, f"{kind}: {final}"])
+    lines.append(f"{kind}: {final}")
+    return "\n".join(lines)
+
+
+def stop_on_signals(run: Run) -> None:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run after the step under way, with a checkpoint."""
+
+    def ask(number, frame):
+        run.stop = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, ask)
+    # `accelerate launch` runs a single process as its child and passes no signal on: have the kernel send one when the
+    # launcher ends. A shell is no launcher: a run in its background outlives it.
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if parent.exists() and b"accelerate" in parent.read_bytes():
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def main(argv: list[str]) -> None:
@@ -1360,8 +1360,7 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     checkpoint = find_checkpoint(args, folder)
     tokenizer = load_tokenizer(args)
-    is_main = os.environ.get("RANK", "0") == "0"
-    train, held_out, keep = load_data(args, tokenizer, show=is_main)
+    train, held_out, keep = load_data(args, tokenizer, show=os.environ.get("RANK", "0") == "0")
     args.max_steps = args.max_steps or max(1, int(args.num_epochs * (len(train) // args.pool_size)))
     if args.cluster_sources and args.cluster_warmup >= args.max_steps:
         raise UserError(
@@ -1369,35 +1368,26 @@ def main(argv: list[str]) -> None:
         )
     settings = settings_of(args, train)
     if checkpoint:
-        check_settings(settings, checkpoint)
+        check_settings(args, settings, checkpoint)
     accelerator = make_accelerator(args)
-    model = load_model(args, accelerator, tokenizer)
+    model = load_model(args, accelerator, tokenizer, checkpoint)
     run = build_run(args, accelerator, tokenizer, model, train, held_out, keep)
     run.settings = settings
-    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     start = load_checkpoint(run, checkpoint) if checkpoint else 0
     check_agreement(run, start)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        stale = [path for path in checkpoints(folder) if args.overwrite or step_of(path) > start]
-        for leftover in [*folder.glob("tmp-*"), *stale, *([folder / "final"] if args.overwrite else [])]:
-            remove(leftover)
-        rewind(folder, start if checkpoint else -1)
-    accelerator.wait_for_everyone()
-    if args.report_to:
-        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers("colm", config=plain)
-    small = ", ".join(train.names[q] for q in sorted(keep)) or "none"
-    accelerator.print(f"{len(train)} rows of {len(train.names)} sources; {kept_how(args)}: {small}")
-    share = sum(torch.bincount(train.sources)[sorted(keep)].tolist()) / len(train)
-    share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size
-    if args.selection in ("colm", "random_keep") and share * args.pool_size > args.coreset_size:
-        accelerator.print(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
-    train_loop(run, start)
-    final = save_final(run)
-    accelerator.print(summary(run, final) if accelerator.is_main_process else "")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    stop_on_signals(run)
+    with open_output(run, checkpoint, start):
+        if args.report_to:
+            accelerator.init_trackers("colm", config={name: str(value) for name, value in vars(args).items()})
+        announce(run)
+        train_loop(run, start)
+        final = save_final(run)
+        if accelerator.is_main_process:
+            if "png" in args.report_to:
+                draw_run(run)
+            accelerator.print(summary(run, final))
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 def cli(argv: list[str]) -> None:

@@ -39,7 +39,7 @@ from step_time import SHAPES
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_math
 import eval_superglue
-from train_colm import prompt_and_completion
+from colm_data import prompt_and_completion
 
 
 class Numbers:

@@ -16,20 +16,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from colm_core import AdamMoments, PoolGradients, select_coreset, sparse_features
+from colm_core import AdamMoments, select_coreset, sparsify
+from train_colm import PoolGradients
 
 DIMS, H, KEEP = 2560 * 128, 2560, set(range(7))
 
 
 def select(gradients: PoolGradients, sources: torch.Tensor, k: int, moments: AdamMoments, device) -> None:
-    probed = (sources >= 7).nonzero()[:, 0]
-    present, local = sources[probed].unique(return_inverse=True)
-    own = sparse_features(gradients, local, len(present), moments, H, device)
-    features = own.new_zeros(len(sources), own.shape[1])
-    features[probed.to(device)] = own
+    """Steps 4 to 6 of `train_colm.choose_coreset`."""
+    probed = sources >= 7
+    features = torch.zeros(len(sources), H, device=device)
+    for source in sources[probed].unique().tolist():
+        of_source = probed & (sources == source)
+        features[of_source] = sparsify(moments.normalize(gradients.of(of_source)), H)
     coreset = select_coreset(features, sources, k, KEEP, H)
-    chosen = torch.isin(probed, coreset.index)
-    moments.update_from_sums(*gradients.sums(chosen, device), int(chosen.sum()))
+    medoids = torch.zeros_like(probed)
+    medoids[coreset.index] = True
+    moments.update(gradients.of(medoids & probed))
 
 
 def main() -> None:
@@ -40,16 +43,11 @@ def main() -> None:
     share = torch.tensor([0.24 / 7] * 7 + [0.76 / 6] * 6)
     for n in (128, 1024, 4096):
         sources = torch.multinomial(share, n, replacement=True)
-        probed = int((sources >= 7).sum())
         for kind in ("spsa", "grad"):
-            if kind == "spsa":
-                z = torch.randn(1, DIMS, generator=generator, device=device)
-                gradients = PoolGradients(DIMS, torch.randn(probed, 1, generator=generator, device=device), z)
-            else:
-                gradients = PoolGradients(DIMS)
-                for start in range(0, probed, 32):
-                    rows = min(32, probed - start)
-                    gradients.add(torch.randn(rows, DIMS, generator=generator, device=device))
+            z = torch.randn(1, DIMS, generator=generator, device=device) if kind == "spsa" else None
+            width = 1 if kind == "spsa" else DIMS
+            values = torch.randn(n, width, generator=generator, device=device)
+            gradients = PoolGradients(values, sources >= 7, z)
             moments, times = AdamMoments(), []
             base = torch.cuda.memory_allocated() if cuda else 0
             for _ in range(4 if n <= 1024 or cuda else 2):

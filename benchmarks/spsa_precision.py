@@ -14,7 +14,7 @@ import torch
 from step_time import SHAPES, make_run, timed
 
 import train_colm
-from colm_core import example_losses
+from colm_batches import micro_batch_losses
 
 TAILS = {"narrow": (False, False), "wide, TF32": (True, True), "wide": (True, False)}  # (wide_tail, TF32 allowed)
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     own, flags = parser.parse_known_args()
     run = make_run(own.shape, train_colm.build_parser().parse_args(flags))
-    run.mode(training=False)
+    run.set_training(False)
     cuda = run.device.type == "cuda"
     with torch.no_grad():
         for name, p in run.model.named_parameters():
@@ -32,15 +32,15 @@ def main() -> None:
                 p.normal_(std=1e-3)  # as if some steps had been made
     z = train_colm.directions(run.args, run.probe, 0, run.device)
     batches = [
-        batch for _, batch, _ in run.micro_batches(run.train, list(range(128)), train_colm.probe_budget(run.args))
+        batch for _, batch, _ in run.micro_batches(run.train, torch.arange(128), train_colm.probe_budget(run.args))
     ]
 
     def over_pool(probe):
         def losses(batch):
             with run.accelerator.autocast():
-                return example_losses(run.inner, run.hook, batch)
+                return micro_batch_losses(run.inner, run.labelled_logits, batch)
 
-        return torch.cat([probe(lambda batch=batch: losses(batch), batch) for batch in batches])
+        return torch.cat([probe(lambda batch=batch: losses(batch), batch.per_example) for batch in batches])
 
     def measured(probe) -> str:
         timed(lambda: over_pool(probe), run.device)

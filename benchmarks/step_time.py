@@ -30,8 +30,10 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import colm_data
 import train_colm
-from colm_core import example_losses, pack
+from colm_batches import micro_batch_losses, pack
+from colm_data import TokenizedRows
 
 SHAPES = {
     "phi-2": (transformers.PhiConfig, dict(vocab_size=51200, hidden_size=2560, intermediate_size=10240,
@@ -56,15 +58,30 @@ COLUMNS = ["step_s", "probe_s", "select_s", "train_s", "optimizer_s", "comm_s", 
 COLUMNS += ["peak_gb", "probe_gb", "train_gb", "tokens_per_s", "model_tflops"]
 
 
-def synthetic_rows(vocab: int, lengths: torch.Tensor) -> train_colm.TokenizedRows:
+def synthetic_rows(vocab: int, lengths: torch.Tensor) -> TokenizedRows:
     """Random tokens of given row lengths in 13 sources; numbers 0-6 are small."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
     share = torch.tensor([0.24 / 7] * 7 + [0.76 / 6] * 6)
     sources = torch.multinomial(share, len(lengths), replacement=True, generator=generator)
-    offsets, prompts = [0, *lengths.cumsum(0).tolist()], (lengths // 2).tolist()
+    supervised = torch.cat([second_half(length) for length in lengths.tolist()])
+    offsets = [0, *lengths.cumsum(0).tolist()]
     names = [str(q) for q in range(13)]
-    return train_colm.TokenizedRows(ids, offsets, prompts, sources, torch.arange(len(lengths)), names, 0, 0)
+    return TokenizedRows(
+        ids=ids,
+        supervised=supervised,
+        offsets=offsets,
+        sources=sources,
+        numbers=torch.arange(len(lengths)),
+        names=names,
+        shortened=0,
+        dropped=0,
+    )
+
+
+def second_half(length: int) -> torch.Tensor:
+    """The supervised mask of a row whose first half is its prompt."""
+    return torch.arange(length) >= length // 2
 
 
 def lognormal_lengths(rows: int) -> torch.Tensor:
@@ -87,12 +104,13 @@ def make_run(shape: str, args, train_file: str | None = None, tokenizer: str | N
         model = train_colm.add_lora(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), args)
     train, keep = synthetic_rows(sizes["vocab_size"], lognormal_lengths(4096)), SMALL
     if train_file:
-        rows, places = train_colm.read_rows(train_file)
+        rows, places = colm_data.read_rows(train_file)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
-        train = train_colm.tokenize(rows, places, tokenizer, args, [], True)
+        train = colm_data.tokenize(rows, places, tokenizer, args, [], True)
         keep = train_colm.small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
     run = train_colm.build_run(args, accelerator, None, model, train, None, keep)
-    run.add_up, run.from_main = (partial(counted, run, function) for function in (run.add_up, run.from_main))
+    run.all_reduce = partial(counted, run, run.all_reduce)
+    run.broadcast = partial(counted, run, run.broadcast)
     return run
 
 
@@ -135,11 +153,11 @@ def warm_up(run: train_colm.Run) -> None:
     budget = run.args.max_tokens_per_micro_batch
     for size in range(512, train_colm.probe_budget(run.args) + 1, 512):
         ids = torch.arange(size, dtype=torch.int32)
-        batch = pack([(part, len(part) // 2) for part in ids.split(256)], run.args.max_length).to(run.device)
+        batch = pack([(part, second_half(len(part))) for part in ids.split(256)], run.args.max_length).to(run.device)
         training = size <= budget
-        run.mode(training)
+        run.set_training(training)
         with torch.set_grad_enabled(training), run.accelerator.autocast():
-            loss = example_losses(run.inner, run.hook, batch).sum()
+            loss = micro_batch_losses(run.inner, run.labelled_logits, batch).sum()
         if training:
             loss.backward()
     run.optimizer.zero_grad(set_to_none=True)
@@ -150,24 +168,26 @@ def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> d
     run.args.selection, run.args.probe, size, run.args.coreset_size = MODES[mode]
     run.comm_s, run.comm_bytes = 0.0, 0
     clock = train_colm.Clock(run.device)
-    choice = train_colm.choose_coreset(run, pool[:size], step, clock)
+    pool = pool[:size]
+    choice = train_colm.choose_coreset(run, pool, step, clock)
     clock.mark("select")
-    rows = pool[:size][choice.index]
-    loss = train_colm.train_on(run, rows, choice.weight, step)
+    loss = train_colm.accumulate_gradients(run, pool, choice, step)
     clock.mark("train")
     train_colm.update(run, choice, loss)
     clock.mark("optimizer")
     counts = {"probe_tokens": choice.probe_tokens, "comm_s": run.comm_s, "comm_bytes": run.comm_bytes}
-    return clock.read() | {"rows": rows, "loss": loss.item()} | counts
+    return clock.read() | {"rows": pool[choice.index], "loss": loss.item()} | counts
 
 
 def ideal_step(run: train_colm.Run, probed: torch.Tensor, rows: torch.Tensor | None) -> None:
-    run.mode(training=False)
-    for _, batch, _ in run.micro_batches(run.train, probed.tolist(), train_colm.probe_budget(run.args)):
+    run.set_training(False)
+    for _, batch, _ in run.micro_batches(run.train, probed, train_colm.probe_budget(run.args)):
         with torch.no_grad(), run.accelerator.autocast():
-            example_losses(run.inner, run.hook, batch)
+            micro_batch_losses(run.inner, run.labelled_logits, batch)
     if rows is not None:
-        train_colm.train_on(run, rows, torch.ones(len(rows)), 0)
+        everything = torch.arange(len(rows))
+        choice = train_colm.Choice(everything, torch.ones(len(rows)), everything < 0, run.moments)
+        train_colm.accumulate_gradients(run, rows, choice, 0)
         run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -179,7 +199,7 @@ def model_flops(run: train_colm.Run, rows: list[int], backward: bool) -> float:
         if p.dim() == 2 and p is not head and "embed" not in name:
             sizes["lora" if p.requires_grad else "base"] += p.numel()
     tokens = sum(map(run.train.length, rows))
-    labels = tokens - sum(run.train.prompts[row] for row in rows)
+    labels = int(run.train.supervised_tokens(torch.tensor(rows)).sum())
     forward = 2 * (sizes["base"] + sizes["lora"]) * tokens + 2 * head.numel() * labels
     return 2 * forward + 2 * sizes["lora"] * tokens if backward else forward
 

@@ -15,13 +15,14 @@ def small_sources(counts):
     return {source for source, count in counts.items() if count < mean}
 
 
-def allocate_budget(counts, budget):
-    """Section 4.1: proportional shares; floors, then +1 to the smallest (ties: the first), none above its count."""
+def allocate_budget(counts, budget, order=None):
+    """Section 4.1: proportional shares; floors, then +1 to the smallest (ties by `order`), none above its count."""
+    order = list(range(len(counts))) if order is None else order
     total = sum(counts)
     budget = min(budget, total)
     shares = [math.floor(Fraction(count * budget, total)) if total else 0 for count in counts]
     left = budget - sum(shares)
-    for s in sorted(range(len(counts)), key=lambda s: (shares[s], s)):
+    for s in sorted(order, key=lambda s: shares[s]):
         if left > 0 and shares[s] < counts[s]:
             shares[s] += 1
             left -= 1
@@ -153,17 +154,19 @@ def sparse_features(gradients, sources, moments, h):
     features, out = moments.normalize(gradients), [None] * len(gradients)
     for source in sorted(set(sources)):
         rows = [i for i, s in enumerate(sources) if s == source]
-        kept = largest_coordinates([features[i] for i in rows], h)
-        for i in rows:
-            out[i] = [features[i][j] for j in kept]
+        for i, sparse in zip(rows, sparsify([features[i] for i in rows], h), strict=True):
+            out[i] = sparse
     return out
 
 
 # ------------------------------------------------------------------------------------------- the coreset (Algorithm 1)
 
 
-def select_coreset(features, sources, k, keep=(), h=2560, metric="l1"):
-    """Algorithm 1: all kept rows, then medoids of each other source among its finite rows; (index, weight)."""
+def select_coreset(features, sources, k, keep=(), h=2560, metric="l1", order=range):
+    """Algorithm 1: all kept rows, then medoids of each other source among its finite rows; (index, weight).
+
+    `order(S)` says in which order S big sources that tie for a budget come.
+    """
     index = [i for i, source in enumerate(sources) if source in keep]
     weight = [1] * len(index)
     assert len(index) < k, "more kept rows than K: a random draw, which has no twin"
@@ -172,7 +175,7 @@ def select_coreset(features, sources, k, keep=(), h=2560, metric="l1"):
         if source not in keep and all(math.isfinite(x) for x in features[i]):
             usable.setdefault(source, []).append(i)
     present = sorted(usable)
-    budgets = allocate_budget([len(usable[q]) for q in present], k - len(index))
+    budgets = allocate_budget([len(usable[q]) for q in present], k - len(index), order(len(present)))
     for q, budget in zip(present, budgets, strict=True):
         rows = sparsify([features[i] for i in usable[q]], h)
         picks, sizes = facility_location(pairwise_similarity(rows, metric), budget, row_norm(rows, metric))

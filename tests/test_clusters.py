@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from models import KINDS, tiny_model
-from test_probe import SIZES, examples
 
 import train_colm
-from colm_core import collate, k_means, mean_hidden_states, pack
+from colm_batches import collate, mean_hidden_states, pack
+from colm_core import k_means
 
 
 def points(clusters: int, each: int, seed: int = 0) -> torch.Tensor:
@@ -84,11 +84,19 @@ def test_two_ranks_find_the_clusters_of_one():
     assert torch.equal(first, k_means(x, torch.arange(len(x)), len(x), 5, seeded()))
 
 
+SIZES = (9, 5, 14, 7, 12)
+
+
+def examples() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randint(3, 97, (n,), generator=g), torch.arange(n) >= 2) for n in SIZES]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mistral", "stablelm")])
 def test_mean_hidden_states_are_those_of_each_row_alone(kind):
     import transformers
 
-    from colm_core import packed_attention
+    from colm_batches import packed_attention
 
     transformers.AttentionInterface.register("packed", packed_attention)
     model, rows = tiny_model(kind), examples()

@@ -30,12 +30,19 @@ def steps(run: train_colm.Run) -> list[tuple]:
     for step in range(POOLS):
         pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, step)
         choice = train_colm.choose_coreset(run, pool, step, train_colm.Clock(run.device))
-        loss = train_colm.train_on(run, pool[choice.index], torch.ones(len(choice.index)), step)
+        loss = train_colm.accumulate_gradients(run, pool, choice, step)
         gradient = torch.cat([p.grad.flatten() for p in run.trained])
         run.optimizer.zero_grad()
-        run.moments.update_from_sums(*choice.history)
+        run.moments = choice.moments
         out.append((choice.index.tolist(), loss.item(), gradient))
     return out
+
+
+def train_on(run: train_colm.Run, rows: torch.Tensor, step: int) -> torch.Tensor:
+    """Gradient of the mean loss of all `rows`."""
+    everything = torch.arange(len(rows))
+    choice = train_colm.Choice(everything, torch.ones(len(rows)), everything < 0, run.moments)
+    return train_colm.accumulate_gradients(run, rows, choice, step)
 
 
 def same(fast: list[tuple], plain: list[tuple]) -> None:
@@ -62,8 +69,7 @@ def test_compiled_layers_train_and_select_as_plain_ones_do_without_endless_recom
     for budget in (300, 200, 400, 120):  # other numbers of rows, down to one, and other lengths
         run.args.max_tokens_per_micro_batch = budget
         for step in range(3):
-            rows = train_colm.draw_pool(len(run.train), 13 + step, budget, step)
-            train_colm.train_on(run, rows, torch.ones(len(rows)), step)
+            train_on(run, train_colm.draw_pool(len(run.train), 13 + step, budget, step), step)
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[-1] <= 10  # with and without gradients, the first layer and the others, one row and several; loss
     assert graphs[-1] == graphs[1]
@@ -73,24 +79,26 @@ def test_compiled_layers_train_and_select_as_plain_ones_do_without_endless_recom
 def test_compiled_layers_go_back_through_the_dropout_they_went_forward_through(tmp_path, checkpointing):
     torch._dynamo.reset()
     run = one_run(tmp_path, "--compile", checkpointing, "--lora_dropout", "0.5")
-    rows, ones = torch.arange(16), torch.ones(16)
-    train_colm.train_on(run, rows, ones, 0)
+    rows = torch.arange(16)
+    train_on(run, rows, 0)
     gradient = [p.grad.clone() for p in run.trained]
     losses = []
     for sign in (1, -2):  # along the gradient, there and back
         with torch.no_grad():
             for p, g in zip(run.trained, gradient, strict=True):
                 p += sign * 1e-2 * g
-        losses.append(train_colm.train_on(run, rows, ones, 0))
+        losses.append(train_on(run, rows, 0))
     slope = (losses[0] - losses[1]).item() / 2e-2
     assert slope == pytest.approx(sum(g.square().sum().item() for g in gradient), rel=2e-2)
 
 
-def test_switching_the_mode_is_what_train_does(tmp_path):
+def test_set_training_does_what_train_does(tmp_path):
     run = one_run(tmp_path)
     for training in (True, False):
-        run.mode(training)
-        assert {module.training for module in run.model.modules()} == {training}
+        run.model.train(not training)  # as if nobody had called set_training
+        run.set_training(training)
+        assert all(module.training == training for module in run.model.modules())
+        assert len(run.modules) == len(list(run.model.modules())) > 50
 
 
 @pytest.mark.parametrize("weights, power", [("uniform", 0), ("sqrt", 0.5), ("tokens", 1)])
@@ -99,17 +107,17 @@ def test_example_weights_train_on_the_weighted_mean_of_the_losses(tmp_path, weig
     pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0)
     choice = train_colm.choose_coreset(run, pool, 0, train_colm.Clock(run.device))
     rows = pool[choice.index].tolist()
-    run.mode(training=False)
+    run.set_training(False)
     losses, tokens = [], []
     for row in rows:  # one row at a time, from the model's own logits
-        ids, prompt = run.train.example(row)
+        ids, supervised = run.train.example(row)
         with torch.no_grad():
             logits = run.inner(ids.long()[None]).logits[0, :-1].double()
-        start = max(1, prompt)
+        start = int(supervised.int().argmax())
         losses.append(torch.nn.functional.cross_entropy(logits[start - 1 :], ids.long()[start:]).item())
         tokens.append(len(ids) - start)
     expected = sum(n**power * loss for n, loss in zip(tokens, losses, strict=True)) / sum(n**power for n in tokens)
-    loss = train_colm.train_on(run, pool[choice.index], choice.weight, 0)
+    loss = train_colm.accumulate_gradients(run, pool, choice, 0)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert len(set(tokens)) > 1
 
@@ -123,10 +131,11 @@ def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_
         choice = train_colm.choose_coreset(run, pool, 3, train_colm.Clock(run.device))
         assert len(set(choice.index.tolist())) == len(choice.index) == run.args.coreset_size
         small = {i for i, q in enumerate(run.train.sources[pool].tolist()) if q in run.keep}
-        assert set(choice.kept.tolist()) == small & set(choice.index.tolist())
+        kept = set(choice.kept.nonzero()[:, 0].tolist())
+        assert kept == small & set(choice.index.tolist())
         n, k, s = len(pool), run.args.coreset_size, float(share)
-        assert len(choice.kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
-        counts[share] = len(choice.kept)
+        assert len(kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
+        counts[share] = len(kept)
     assert counts["0"] < counts["0.5"] < counts["1"] == len(small)
 
 

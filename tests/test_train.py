@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
+import colm_data  # noqa: E402
 import train_colm  # noqa: E402
 from train_colm import cli, read_records  # noqa: E402
 
@@ -52,6 +53,20 @@ DROPOUT = "--lora_dropout 0.2 --direction step --save_every 2 --max_steps 6"
 SMALL = {"add", "count", "sort", "last"}
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@contextmanager
+def own_signals():
+    """The trainer's signal handlers end with the block."""
+    before = [(number, signal.getsignal(number)) for number in STOPPING]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 def train(flags: list[str], stop_after: int | None = None) -> int:
     """Run the trainer in this process, with a SIGTERM after one of its steps; returns the exit code."""
     original = train_colm.append
@@ -61,15 +76,12 @@ def train(flags: list[str], stop_after: int | None = None) -> int:
         if path.name == "selection.jsonl" and record["step"] == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        with mock.patch.object(train_colm, "append", append):
+        with mock.patch.object(train_colm, "append", append), own_signals():
             train_colm.main(flags)
         return 0
     except SystemExit as exit_:
         return exit_.code
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def free_port() -> str:
@@ -134,13 +146,13 @@ def assert_close(a: Path, b: Path) -> None:
 def inputs(tmp_path_factory) -> Path:
     """A folder with a tiny model, and a mixture whose rows 0 and 77 are too long to be kept."""
     folder = tmp_path_factory.mktemp("inputs")
-    rows = train_colm.demo_rows("train")
+    rows = colm_data.demo_rows("train")
     random.Random(0).shuffle(rows)
     for at in (0, 77):
         rows.insert(at, {"source": "repeat", "instruction": "Go on.", "output": "ant bee " * 300})
-    for name, part in (("train", rows), ("eval", train_colm.demo_rows("eval")[::2])):
+    for name, part in (("train", rows), ("eval", colm_data.demo_rows("eval")[::2])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    tokenizer = train_colm.demo_tokenizer()
+    tokenizer = colm_data.demo_tokenizer()
     for name, size in (("model", 32), ("other_model", 48)):
         torch.manual_seed(0)
         sizes = {"hidden_size": size, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -201,10 +213,8 @@ def refused(capsys):
     """Run in this process; the trainer must end with exit code 2 and one line that has all the words."""
 
     def check(argv: list[str], *words: str) -> str:
-        handler = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as exit_:
+        with pytest.raises(SystemExit) as exit_, own_signals():
             cli(argv)
-        signal.signal(signal.SIGTERM, handler)
         lines = capsys.readouterr().err.splitlines()
         messages = [line for line in lines if line.startswith("error: ")]
         assert exit_.value.code == 2 and len(messages) == 1 and not any("Traceback" in line for line in lines), lines
@@ -360,7 +370,7 @@ def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flags, tmp_path, caps
     assert train(flags(tmp_path / "whole", DROPOUT, text)) == 0
     folder = tmp_path / "stopped"
     assert train(flags(folder, DROPOUT, text), stop_after=3) == 0
-    assert f"stopped by SIGTERM after step 3: go on from {folder / 'checkpoint-000003'}" in capsys.readouterr().out
+    assert f"stopped by SIGTERM after step 3: resume from {folder / 'checkpoint-000003'}" in capsys.readouterr().out
     assert len(losses(folder)) == 3 and not (folder / "final").exists()
     free = "--save_every 1 --keep_checkpoints 7 --eval_every 100"  # settings that shape no result
     assert train(flags(folder, DROPOUT, text, free, "--resume auto"), stop_after=5) == 0
@@ -380,7 +390,7 @@ def test_a_run_resumes_from_a_named_checkpoint_and_saves_again(whole, flags, tmp
     shutil.copytree(whole, folder)
     assert [p.name for p in train_colm.checkpoints(folder)] == ["checkpoint-000004", "checkpoint-000006"]
     assert train(flags(folder, DROPOUT, f"--resume {folder}/checkpoint-000004"), stop_after=5) == 0
-    assert Path(re.search(r"go on from (\S+)", capsys.readouterr().out)[1]).exists()
+    assert Path(re.search(r"resume from (\S+)", capsys.readouterr().out)[1]).exists()
     assert len(losses(folder)) == 5
     assert train(flags(folder, DROPOUT, "--resume auto")) == 0
     assert_identical(folder, whole)
@@ -398,7 +408,7 @@ def test_old_checkpoints_and_leftovers_are_removed(flags, tmp_path):
     (tmp_path / "checkpoint-notes").mkdir()
     assert train(flags(tmp_path, "--save_every 1 --keep_checkpoints 3 --max_steps 5")) == 0
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("metrics.jsonl", "selection.jsonl", "eval.jsonl", "final", "checkpoint-notes"),
+        *("metrics.jsonl", "selection.jsonl", "eval.jsonl", "final", "checkpoint-notes", ".lock"),
         *("checkpoint-000003", "checkpoint-000004", "checkpoint-000005"),
     }
 
@@ -438,26 +448,121 @@ def test_the_final_model_of_two_ranks_has_the_evaluated_loss(two_ranks, flags, i
     held_out = train_colm.load_data(args, train_colm.load_tokenizer(args), show=False)[1]
     batch = train_colm.collate([held_out.example(i) for i in range(len(held_out))])
     with torch.no_grad():
-        loss = train_colm.example_losses(model.eval(), train_colm.LabelledLogits(model), batch).mean()
+        loss = train_colm.micro_batch_losses(model.eval(), train_colm.LabelledLogits(model), batch).mean()
     assert float(loss) == pytest.approx(steps(folder, "eval")[-1]["eval_loss"], rel=1e-5)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(flags, tmp_path):
-    command = [sys.executable, SCRIPT, *flags(tmp_path, "--save_every 0 --max_steps 100000")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def start(*command: str, folder: Path) -> subprocess.Popen:
+    """A run without an end, two steps under way."""
+    process = subprocess.Popen(
+        [*command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(steps(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+ENDLESS = "--save_every 0 --max_steps 100000"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_save_and_say_how_to_resume(flags, tmp_path, name):
+    process = start(sys.executable, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
     try:
-        deadline = time.monotonic() + 60
-        while len(steps(tmp_path)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.terminate()
+        process.send_signal(getattr(signal, name))
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     step = len(steps(tmp_path))
     assert process.returncode == 0 and step >= 2
-    assert f"stopped by SIGTERM after step {step}: go on from {tmp_path / f'checkpoint-{step:06d}'}" in output
+    assert f"stopped by {name} after step {step}: resume from {tmp_path / f'checkpoint-{step:06d}'}" in output
     assert "--resume auto" in output
     assert [p.name for p in train_colm.checkpoints(tmp_path)] == [f"checkpoint-{step:06d}"]
+
+
+def test_a_second_ctrl_c_ends_at_once(flags, tmp_path):
+    process = start(sys.executable, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.01)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 0)  # 0: the step ended between the two
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ending_accelerate_launch_ends_the_run_with_a_checkpoint(flags, tmp_path, ranks):
+    settings = ["--mixed_precision=no", "--dynamo_backend=no", "--num_machines=1", f"--num_processes={ranks}"]
+    if ranks > 1:
+        settings += ["--multi_gpu", f"--main_process_port={free_port()}"]
+    launcher = start(*accelerate_launch(*settings, SCRIPT), *flags(tmp_path, ENDLESS), folder=tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while not train_colm.checkpoints(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        assert train_colm.checkpoints(tmp_path)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def test_two_runs_never_share_an_output_folder(flags, tmp_path, refused):
+    process = start(sys.executable, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
+    try:
+        refused(flags(tmp_path, ENDLESS, "--overwrite"), str(tmp_path), "in use by another process")
+        assert process.poll() is None
+    finally:
+        process.kill()  # leaves a lock behind that nobody holds
+        process.communicate(timeout=60)
+    assert train(flags(tmp_path, "--overwrite --max_steps 2")) == 0
+
+
+@pytest.mark.parametrize("name", ["", "final"])
+def test_a_dangling_link_is_named(flags, tmp_path, refused, name):
+    (tmp_path / "out").mkdir()
+    link = tmp_path / "out" / name if name else tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    refused(flags(tmp_path / "out" if name else link), str(link), "nowhere", "remove the link")
+
+
+def test_a_finished_run_with_a_constant_rate_can_be_extended(flags, tmp_path, refused):
+    constant = DROPOUT + " --lr_scheduler constant"
+    assert train(flags(tmp_path / "whole", constant, "--max_steps 6")) == 0
+    assert train(flags(tmp_path / "run", constant, "--max_steps 4")) == 0
+    assert train(flags(tmp_path / "run", constant, "--max_steps 6 --resume auto")) == 0
+    for name in ("metrics", "selection"):
+        drop_times = [{k: v for k, v in r.items() if k[-2:] not in ("_s", "gb")} for r in steps(tmp_path / "run", name)]
+        whole = [{k: v for k, v in r.items() if k[-2:] not in ("_s", "gb")} for r in steps(tmp_path / "whole", name)]
+        assert drop_times == whole
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    refused(flags(tmp_path / "run", constant, "--max_steps 90 --warmup_ratio 0.1 --resume auto"), "--warmup_ratio")
+    warm = constant + " --warmup_ratio 0.5"
+    assert train(flags(tmp_path / "warm", warm, "--max_steps 4")) == 0
+    refused(flags(tmp_path / "warm", warm, "--max_steps 90 --resume auto"), "--max_steps 90", "warm-up", "4 steps done")
+
+
+def test_a_checkpoint_is_an_adapter_that_peft_loads(whole, inputs):
+    """Its weights are stored once."""
+    checkpoint = whole / "checkpoint-000006"
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    model = peft.PeftModel.from_pretrained(base, checkpoint)
+    stored = load_file(whole / "final" / "adapter_model.safetensors")
+    assert torch.equal(
+        peft.get_peft_model_state_dict(model)["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"],
+        stored["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"],
+    )
+    assert (checkpoint / "adapter_model.safetensors").read_bytes() == weights(whole)
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    assert set(state) == {"step", "optimizer", "scheduler", "moments", "clusters"}
+
+
+def test_the_picture_of_a_run_follows_it(flags, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert train(flags(tmp_path, "--report_to png --eval_every 2 --max_steps 3")) == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG") and not [*tmp_path.glob("tmp-*")]
 
 
 def test_kill_9_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(flags, tmp_path):
@@ -501,7 +606,8 @@ def test_a_run_with_other_settings_is_not_resumed(whole, flags, inputs, refused,
     for change in ("--seed 1", "--learning_rate 2e-2", "--coreset_size 9", "--probe grad", "--num_directions 3"):
         name, value = change.split()
         refused(flags(whole, DROPOUT, change, "--resume auto"), name, str(float(value) if "rate" in name else value))
-    refused(flags(whole, DROPOUT, "--max_steps 9 --resume auto"), "--max_steps is 9", "6")
+    refused(flags(whole, DROPOUT, "--max_steps 5 --resume auto"), "--max_steps is 5", "6")
+    refused(flags(whole, DROPOUT, "--max_steps 9 --resume auto"), "--max_steps 9", "6", "cosine", "constant")
     lines = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "changed.jsonl").write_text("".join([*lines[:-1], lines[-2]]))
     refused(flags(whole, DROPOUT, f"--train_file {tmp_path}/changed.jsonl --resume auto"), "training data")
@@ -515,7 +621,7 @@ def test_a_run_of_another_model_is_not_resumed(whole, flags, inputs, refused):
 def test_attention_that_would_mix_packed_examples_is_refused(flags, refused, tmp_path):
     model = AutoModelForCausalLM.from_config(tiny_stablelm())
     model.save_pretrained(tmp_path / "model")
-    train_colm.demo_tokenizer().save_pretrained(tmp_path / "model")
+    colm_data.demo_tokenizer().save_pretrained(tmp_path / "model")
     refused(flags(tmp_path / "run", f"--model {tmp_path}/model --packing"), "packed examples", "--no-packing")
 
 
@@ -549,8 +655,8 @@ def test_accelerates_accumulation_steps_do_not_scale_the_gradient(one_process, f
 
 
 def test_a_state_without_updates_is_resumed_exactly(flags, tmp_path, monkeypatch):
-    nan = train_colm.train_on
-    monkeypatch.setattr(train_colm, "train_on", lambda *args: nan(*args) * float("nan"))
+    original = train_colm.accumulate_gradients
+    monkeypatch.setattr(train_colm, "accumulate_gradients", lambda *args: original(*args) * float("nan"))
     with pytest.raises(train_colm.UserError, match="checkpoint-000000"):
         train(flags(tmp_path / "run", DROPOUT))
     monkeypatch.undo()
@@ -559,7 +665,7 @@ def test_a_state_without_updates_is_resumed_exactly(flags, tmp_path, monkeypatch
     assert_identical(tmp_path / "run", tmp_path / "plain")
 
 
-@pytest.mark.parametrize("name", ["settings.json", "state.pt"])
+@pytest.mark.parametrize("name", ["settings.json", "state.pt", "adapter_model.safetensors"])
 def test_a_broken_checkpoint_is_named(whole, flags, refused, tmp_path, name):
     shutil.copytree(whole, tmp_path / "run")
     for path in (tmp_path / "run").glob(f"checkpoint-*/{name}"):
@@ -666,16 +772,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path, probe, value):
     original, bad_rows = train_colm.probe_pool, []
 
-    def probe_pool(run, rows, step):
-        gradients, mine = original(run, rows, step)
-        bad = rows[mine] % 3 == 0
-        if probe == "spsa":
-            gradients.derivatives[bad, -1] = value
-        else:
-            gradients.blocks = [torch.cat(gradients.blocks)]
-            gradients.blocks[0][bad, 5] = value
-        bad_rows.append(set(run.train.numbers[rows[mine][bad]].tolist()))
-        return gradients, mine
+    def probe_pool(run, pool, probed, step):
+        gradients = original(run, pool, probed, step)
+        bad = probed & (pool % 3 == 0)
+        gradients.values[bad, -1] = value
+        bad_rows.append(set(run.train.numbers[pool[bad]].tolist()))
+        return gradients
 
     with mock.patch.object(train_colm, "probe_pool", probe_pool):
         assert train(flags(tmp_path, f"--probe {probe} --num_directions 2")) == 0
@@ -686,17 +788,19 @@ def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path
 
 
 def test_running_out_of_gpu_memory_is_told_in_one_line(flags, refused, tmp_path):
-    with mock.patch.object(train_colm, "train_on", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+    with mock.patch.object(
+        train_colm, "accumulate_gradients", side_effect=torch.OutOfMemoryError("CUDA out of memory")
+    ):
         refused(flags(tmp_path), "--max_tokens_per_micro_batch 600", "lower it", "--resume auto")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path):
-    original = train_colm.train_on
+    original = train_colm.accumulate_gradients
 
-    def train_on(run, rows, weights, step):
-        return original(run, rows, weights, step) * (float("nan") if step == 2 else 1)
+    def broken_at_step_3(run, pool, choice, step):
+        return original(run, pool, choice, step) * (float("nan") if step == 2 else 1)
 
-    with mock.patch.object(train_colm, "train_on", train_on):
+    with mock.patch.object(train_colm, "accumulate_gradients", broken_at_step_3):
         words = "loss nan", "step 3", "--learning_rate", str(tmp_path / "checkpoint-000002")
         refused(flags(tmp_path, DROPOUT), *words)
     assert len(losses(tmp_path)) == 2
@@ -730,7 +834,7 @@ def test_rows_longer_than_the_model_has_positions_are_refused(flags, refused, tm
 
     sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 512}
     AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path / "short")
-    train_colm.demo_tokenizer().save_pretrained(tmp_path / "short")
+    colm_data.demo_tokenizer().save_pretrained(tmp_path / "short")
     refused(flags(tmp_path / "out", f"--model {tmp_path}/short"), "--max_length 128", "32")
 
 
