@@ -57,9 +57,11 @@ sys.path.insert(1, str(REPO / "benchmarks"))
 import experiments  # noqa: E402
 from experiments import GRAD, REGIMES, SELECTIONS  # noqa: E402
 
+import colm_data  # noqa: E402
 import train_colm  # noqa: E402
 from colm_core import small_sources  # noqa: E402
-from train_colm import Clock, TokenizedRows, UserError  # noqa: E402
+from colm_data import Parser, TokenizedRows, UserError, load_tokenizer, replacing  # noqa: E402
+from train_colm import Clock  # noqa: E402
 
 SETTINGS = {  # name: flags of train_colm.py, after those of the command line
     "full-64": "--selection full --pool_size 64 --coreset_size 64",
@@ -110,7 +112,7 @@ def load_data(path: str) -> dict:
 
 def load_run(spec: dict) -> train_colm.Run:
     args = train_colm.parse_args(spec["argv"])
-    tokenizer, data = train_colm.load_tokenizer(args), load_data(spec["data"])
+    tokenizer, data = load_tokenizer(args), load_data(spec["data"])
     train = replace(data["train"])
     keep = small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
     if args.keep_sources != ["auto"]:
@@ -128,7 +130,7 @@ def held_out_losses(run, data: dict) -> dict:
     """The three losses on each half of the held-out rows."""
     losses = {}
     for part in ("tune", "report"):
-        run.evaluation = data[part]
+        run.held_out = data[part]
         record = train_colm.evaluate(run)
         losses[part] = [record[key] for key in MEASURES.values()]
     return losses
@@ -152,14 +154,14 @@ def measure(run, spec: dict) -> dict:
         pool = train_colm.draw_pool(len(run.train), args.pool_size, args.seed, step)
         choice = choose(run, pool, step, Clock(run.device))
         rows = pool[choice.index]
-        loss = train_colm.train_on(run, rows, choice.weight, step)
+        loss = train_colm.accumulate_gradients(run, pool, choice, step)
         diverged = train_colm.update(run, choice, loss) is None
         step += 1
         trained = sum(map(run.train.length, rows.tolist()))
         tokens, probe_tokens = tokens + trained, probe_tokens + choice.probe_tokens
         before = spent
         spent += 1 if spec["budget"] == "steps" else trained + spec["price"] * choice.probe_tokens
-        open_to_choice = ~torch.isin(run.train.sources[rows], torch.tensor(sorted(run.keep), dtype=torch.long))
+        open_to_choice = ~experiments.is_small(run, rows)
         for mark, shares in taken.items():
             marked = data["marks"][mark][rows][open_to_choice].float()
             shares.append(marked.mean().item() if len(marked) else None)
@@ -184,7 +186,7 @@ def worker() -> None:
             digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in run.trained))
             card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
             about = {"card": card, "weights": digest.hexdigest()[:16], "code": code_digest()}
-            with train_colm.replacing(Path(spec["output"])) as aside:
+            with replacing(Path(spec["output"])) as aside:
                 aside.write_text(json.dumps(spec | about | result))
         except Exception as error:
             traceback.print_exc()
@@ -240,18 +242,19 @@ def split(rows: list[dict], held_out: int, seed: int) -> dict[str, list[int]]:
 def tokenised(own, args, work: Path) -> Path:
     """The tokenised parts, made once."""
     source = Path(own.train_file).read_bytes() if own.train_file else b"demo"
-    tokenizer = train_colm.load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     how = (len(tokenizer), tokenizer("A 12, b?\n")["input_ids"], args.max_length, args.source_field)
+    how += ((REPO / "colm_data.py").read_bytes(),)
     path = work / f"data-{sha(hashlib.sha256(source).hexdigest(), how, own.held_out, own.split_seed)}.pt"
     if path.exists():
         return path
-    rows = train_colm.read_rows(own.train_file)[0] if own.train_file else train_colm.demo_rows("train", 10)
+    rows = colm_data.read_rows(own.train_file)[0] if own.train_file else colm_data.demo_rows("train", 10)
     data, names = {}, []
     for name, part in split(rows, own.held_out, own.split_seed).items():
         places, mine = [f"row {i + 1}" for i in part], [rows[i] for i in part]
-        data[name] = train_colm.tokenize(mine, places, tokenizer, args, names, sys.stderr.isatty())
+        data[name] = colm_data.tokenize(mine, places, tokenizer, args, names, sys.stderr.isatty())
         names = data[name].names
-    with train_colm.replacing(path) as aside:
+    with replacing(path) as aside:
         torch.save({name: vars(part) for name, part in data.items()}, aside)
     return path
 
@@ -277,7 +280,7 @@ def spoilt(clean: Path, regime: str, dedup: bool, max_length: int) -> Path:
         print(f"{regime}: {len(stays)} of {len(train)} rows are left without near copies", flush=True)
         train = experiments.joined(train, [train.example(i) for i in stays], train.sources[stays])
         marks = {name: mark[stays] for name, mark in marks.items()}
-    with train_colm.replacing(path) as aside:
+    with replacing(path) as aside:
         torch.save(data | {"train": vars(train), "marks": marks}, aside)
     return path
 
@@ -329,7 +332,7 @@ def make_spec(own, flags: list[str], cell: Cell, rate: float, seed: int, clean: 
     if cell.budget == "cost":  # the same for all regimes and settings: tokens of so many clean rows
         sizes = clean_data(clean)["train"]
         coreset = train_colm.parse_args([*flags, *model]).coreset_size
-        spec["amount"] = own.steps * coreset * sizes["offsets"][-1] / len(sizes["prompts"])
+        spec["amount"] = own.steps * coreset * sizes["offsets"][-1] / (len(sizes["offsets"]) - 1)
     name = f"{cell.name.replace(' ', '-')}-{rate}-s{seed}-{sha(spec, argv, model_digest(own.model), data.stem)}"
     work = clean.parent
     argv += ["--output_dir", str(work / "scratch" / name)]
@@ -525,7 +528,7 @@ def compact(run: dict) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = train_colm.Parser("convergence.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("convergence.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="folder or hub id; without it the trainer's tiny random model")
     add("--train_file", help="rows to train and evaluate on; without it the trainer's generated mixture")
@@ -586,7 +589,7 @@ def main(argv: list[str]) -> int:
         result = {"command": ["convergence.py", *argv], "versions": {name: version(name) for name in PACKAGES}}
         result |= {"data": clean.stem, "card": sorted({run["card"] for run in done}), "jobs": own.jobs}
         result |= {"settings": {cell.setting: parse_setting(cell.setting)[2] for cell in cells}, "problems": problems}
-        with train_colm.replacing(Path(own.output)) as aside:
+        with replacing(Path(own.output)) as aside:
             aside.write_text(json.dumps(result | {"runs": done}))
         return result
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_colm  # noqa: E402
-from colm_core import example_losses, select_coreset  # noqa: E402
-from train_colm import TokenizedRows  # noqa: E402
+from colm_batches import micro_batch_losses  # noqa: E402
+from colm_core import select_coreset  # noqa: E402
+from colm_data import Example, TokenizedRows  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- regimes
 
@@ -38,7 +39,7 @@ def spoil(data: TokenizedRows, regime: str, seed: int, max_length: int) -> tuple
 
     Every row keeps its source, so that the mixture and its small sources stay as they are.
     """
-    rows = [data.example(i) for i in range(len(data))]  # (ids, prompt tokens)
+    rows = [data.example(i) for i in range(len(data))]
     sources, marks = data.sources, {}
     for part in regime.split("+"):
         rng = random.Random(f"{part} {seed}")
@@ -53,17 +54,23 @@ def spoil(data: TokenizedRows, regime: str, seed: int, max_length: int) -> tuple
     return joined(data, rows, sources), marks
 
 
-def joined(data: TokenizedRows, rows: list[tuple[Tensor, int]], sources: Tensor) -> TokenizedRows:
-    """TokenizedRows of (ids, prompt tokens), with the names of `data`."""
+def joined(data: TokenizedRows, rows: list[Example], sources: Tensor) -> TokenizedRows:
+    """`rows` end to end, with the names of `data`."""
     offsets = [0]
-    for ids, _ in rows:
-        offsets.append(offsets[-1] + len(ids))
-    numbers, prompts = torch.arange(len(rows)), [prompt for _, prompt in rows]
-    ids = torch.cat([ids for ids, _ in rows])
-    return replace(data, ids=ids, offsets=offsets, prompts=prompts, sources=sources, numbers=numbers)
+    for example in rows:
+        offsets.append(offsets[-1] + len(example.ids))
+    ids = torch.cat([example.ids for example in rows])
+    supervised = torch.cat([example.supervised for example in rows])
+    numbers = torch.arange(len(rows))
+    return replace(data, ids=ids, supervised=supervised, offsets=offsets, sources=sources, numbers=numbers)
 
 
-def copy_rows(rows: list, sources: Tensor, rng: random.Random, changed: float) -> Tensor:
+def prompt_tokens(example: Example) -> int:
+    """Tokens before the first supervised one."""
+    return int(example.supervised.int().argmax())
+
+
+def copy_rows(rows: list[Example], sources: Tensor, rng: random.Random, changed: float) -> Tensor:
     """Replace a share of the rows by copies of a few rows of the same source. Of each copy's question, `changed` of the
     tokens become random tokens of the data. Returns which rows are now copies or originals, [rows] bool."""
     originals = rng.sample(range(len(rows)), min(ORIGINALS, len(rows) // 10))
@@ -72,30 +79,31 @@ def copy_rows(rows: list, sources: Tensor, rng: random.Random, changed: float) -
         of_source.setdefault(int(sources[i]), []).append(i)
     others = sorted(set(range(len(rows))) - set(originals))
     head, tail = template(rows)
-    words = torch.cat([ids for ids, _ in rows])
+    words = torch.cat([example.ids for example in rows])
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     copied = torch.zeros(len(rows), dtype=torch.bool)
     copied[originals] = True
     for i in rng.sample(others, round(COPIED * len(rows))):
         candidates = of_source.get(int(sources[i]))
-        if not candidates:
+        if not candidates:  # no original is of this source
             continue
-        ids, prompt = rows[rng.choice(candidates)]
+        original = rows[rng.choice(candidates)]
+        ids = original.ids
         if changed:
             ids = ids.clone()
-            question = ids[head : prompt - tail]  # a view: writing to it changes ids
+            question = ids[head : prompt_tokens(original) - tail]  # a view: writing to it changes ids
             hit = torch.rand(len(question), generator=generator) < changed
             question[hit] = words[torch.randint(len(words), (int(hit.sum()),), generator=generator)]
-        rows[i] = ids, prompt
+        rows[i] = Example(ids, original.supervised)
         copied[i] = True
     return copied
 
 
-def template(rows: list[tuple[Tensor, int]]) -> tuple[int, int]:
+def template(rows: list[Example]) -> tuple[int, int]:
     """Tokens that prompts begin and end with: those of the prompt's template, not of a question."""
-    prompts = [ids[:prompt].tolist() for ids, prompt in rows[:300]]
+    prompts = [example.ids[: prompt_tokens(example)].tolist() for example in rows[:300]]
     first = [tuple(tokens[:4]) for tokens in prompts]
-    usual = max(set(first), key=first.count)  # a prompt that was shortened from the left lacks the template
+    usual = max(first, key=first.count)  # a prompt that was shortened from the left lacks the template
     prompts = [tokens for tokens, beginning in zip(prompts, first, strict=True) if beginning == usual]
     shortest = min(map(len, prompts))
 
@@ -109,17 +117,18 @@ def template(rows: list[tuple[Tensor, int]]) -> tuple[int, int]:
     return head, min(common([tokens[::-1] for tokens in prompts]), shortest - head)
 
 
-def swap_answers(rows: list, sources: Tensor, rng: random.Random, max_length: int) -> Tensor:
+def swap_answers(rows: list[Example], sources: Tensor, rng: random.Random, max_length: int) -> Tensor:
     """Within each source, pass the answers of a random share of its rows round. Returns which rows, [rows] bool."""
     swapped = torch.zeros(len(rows), dtype=torch.bool)
     for q in sources.unique().tolist():
         mine = (sources == q).nonzero()[:, 0].tolist()
         chosen = rng.sample(mine, round(SWAPPED * len(mine)))
-        answers = [rows[i][0][rows[i][1] :] for i in chosen]
-        for i, answer in zip(chosen, answers[1:] + answers[:1], strict=True):
-            ids, prompt = rows[i]
-            cut = max(0, prompt + len(answer) - max_length)  # long prompts are shortened from the left, as always
-            rows[i] = torch.cat([ids[cut:prompt], answer]), prompt - cut
+        before = [rows[i] for i in chosen]
+        for i, own, other in zip(chosen, before, before[1:] + before[:1], strict=True):
+            prompt, answer = prompt_tokens(own), slice(prompt_tokens(other), None)
+            cut = max(0, prompt + len(other.ids[answer]) - max_length)  # long prompts are shortened from the left
+            ids = torch.cat([own.ids[cut:prompt], other.ids[answer]])
+            rows[i] = Example(ids, torch.cat([own.supervised[cut:prompt], other.supervised[answer]]))
             swapped[i] = True
     return swapped
 
@@ -134,7 +143,8 @@ def shingles(data: TokenizedRows, n: int) -> tuple[numpy.ndarray, list[int]]:
     rows = [data.example(i) for i in range(len(data))]
     head, tail = template(rows)
     parts = []
-    for ids, prompt in rows:
+    for example in rows:
+        ids, prompt = example.ids, prompt_tokens(example)
         parts += [ids[min(head, prompt - tail) : prompt - tail], ids[prompt:], ids.new_zeros(n - 1)]
     starts, begin = [], 0
     for question, answer, gap in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
@@ -184,11 +194,9 @@ def without_near_copies(data: TokenizedRows, threshold: float = 0.5, n: int = 2)
 
 
 def chosen(run, pool: Tensor, index: Tensor, probed: Tensor | None = None) -> train_colm.Choice:
-    """The choice of pool positions `index`, weighted by --example_weights; `probed` are the rows that had a pass."""
-    index = index.cpu()
-    kept = is_small(run, pool).nonzero()[:, 0]
+    """The choice of pool positions `index` [K], weighted by --example_weights; the rows `probed` had a pass."""
     tokens = 0 if probed is None else sum(map(run.train.length, probed.tolist()))
-    return train_colm.Choice(index, train_colm.token_weights(run, pool[index]), kept, tokens)
+    return replace(train_colm.uniform_choice(run, pool, index.cpu(), is_small(run, pool)), probe_tokens=tokens)
 
 
 def is_small(run, rows: Tensor) -> Tensor:
@@ -210,13 +218,13 @@ def first_of(order: Tensor, *wanted: Tensor) -> Tensor:
 @torch.no_grad()
 def mean_losses(run, rows: Tensor) -> Tensor:
     """Mean token loss of each row, [n], by a plain forward pass."""
-    parts, order = [], []
-    run.mode(training=False)
-    for items, batch, _ in run.micro_batches(run.train, rows.tolist(), train_colm.probe_budget(run.args)):
+    losses = torch.zeros(len(rows))
+    run.set_training(False)
+    for positions, batch, _ in run.micro_batches(run.train, rows, train_colm.probe_budget(run.args)):
         with run.accelerator.autocast():
-            parts.append(example_losses(run.inner, run.hook, batch)[0])
-        order += items
-    return torch.cat(parts).float().cpu()[torch.tensor(order).argsort()]
+            values = micro_batch_losses(run.inner, run.labelled_logits, batch)[0]
+        losses[positions] = values[: len(positions)].float().cpu()
+    return losses
 
 
 def largest_losses(run, pool, step, clock):
@@ -247,8 +255,7 @@ def alternate(run, pool, step, clock):
 
 def last_v_gradients(run, rows: Tensor, step: int) -> Tensor:
     """Exact gradients of the last V projection, [n, D]."""
-    gradients, order = train_colm.probe_pool(run, rows, step)
-    return torch.cat([part for _, part in gradients.chunks(run.device)])[order.argsort().to(run.device)]
+    return train_colm.probe_pool(run, rows, torch.ones(len(rows), dtype=torch.bool), step).values
 
 
 def tf_idf(run, rows: Tensor) -> Tensor:
@@ -260,7 +267,7 @@ def tf_idf(run, rows: Tensor) -> Tensor:
         memory["idf"] = (len(data) / count.clamp(min=1)).log()
     bags = torch.zeros(len(rows), len(memory["idf"]))
     for bag, row in zip(bags, rows.tolist(), strict=True):
-        ids = data.example(row)[0].long()
+        ids = data.example(row).ids.long()
         bag.index_add_(0, ids, torch.ones(len(ids)))
     return torch.nn.functional.normalize((bags * memory["idf"]).to(run.device), dim=1)
 
