@@ -161,9 +161,11 @@ def minhash(data: TokenizedRows, n: int, seed: int = 0) -> numpy.ndarray:
     """[rows, HASHES]: the share of equal values in two rows estimates the Jaccard similarity of their n-grams."""
     grams, starts = shingles(data, n)
     rng, columns = numpy.random.default_rng(seed), []
-    for _ in range(HASHES):
-        a, b = rng.integers(1, 1 << 62, 2, dtype=numpy.uint64)
-        mixed = (grams ^ (grams >> numpy.uint64(29))) * (a | numpy.uint64(1)) + b  # modulo 2^64
+    for key in rng.integers(1, 1 << 62, HASHES, dtype=numpy.uint64):
+        # SplitMix64's mixing steps: a plain multiplication leaves the order in the n-grams, and the estimate too high
+        mixed = grams + key
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)  # modulo 2^64
         columns.append(numpy.minimum.reduceat((mixed >> numpy.uint64(32)).astype(numpy.uint32), starts))
     return numpy.stack(columns, 1)
 

@@ -1,4 +1,4 @@
-"""Figures from the JSON of benchmarks/convergence.py: loss against cost in each regime, and which marked rows were taken.
+"""Figures from the JSON of benchmarks/convergence.py: loss against cost in each regime, and which rows were taken.
 
     python benchmarks/plot_convergence.py regime_map.json --budget cost --settings full-64-sqrt colm-grad-sqrt
 
@@ -35,7 +35,7 @@ def draw_losses(plt, groups: list[list[dict]], budget: str, path: Path) -> None:
     figure, axes = plt.subplots(len(MEASURES), len(regimes), figsize=size, squeeze=False, layout="constrained")
     for group in groups:
         setting, column = group[0]["setting"], regimes.index(group[0]["regime"])
-        evals = list(zip(*(run["eval"] for run in group), strict=True))  # [evaluations][seeds]
+        evals = list(zip(*(run["eval"] for run in group), strict=False))  # [evaluations][seeds]
         xs = [statistics.fmean(record["spent"] for record in seeds) / scale for seeds in evals]
         for row, measure in enumerate(MEASURES):
             ys, deviations = summary([[record["report"][row] for record in seeds] for seeds in evals])
