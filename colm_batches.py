@@ -14,7 +14,10 @@ by SPSA), V vocabulary, d hidden size.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -177,33 +180,51 @@ def unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_head].
+    """Causal attention within each packed example, [1, heads, T, d_head] -> [1, T, heads, d_v].
 
-    An attention function for transformers' AttentionInterface. A GPU runs a variable-length kernel: flash attention in
-    half precision, the memory-efficient one in float32; anything else pads for the one call.
+    An attention function for transformers' AttentionInterface. The width of V may differ from that of Q and K. A GPU
+    runs a variable-length kernel: flash attention in half precision, the memory-efficient one in float32. What those
+    can't do (wide heads, a window in float32) and other devices pad for the one call.
     """
     offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if offsets is None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise RuntimeError("this model's attention can't keep packed examples apart: use --no-packing")
+    if offsets is None:
+        raise RuntimeError("the model does not tell its attention where packed examples begin: use --no-packing")
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:  # no kernel below caps scores or has sinks
+        raise RuntimeError("packed attention has no soft cap and no attention sinks, this model does: use --no-packing")
     window = kwargs.get("sliding_window")  # tokens a query sees, its own included
     if window is not None and window >= longest:
         window = None  # no example is long enough to notice
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d_head]
-    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+    if scaling is None:
+        scaling = q.shape[-1] ** -0.5  # the kernels' own default would count the columns that they are padded with
+    half = v.dtype in (torch.bfloat16, torch.float16)
+    if v.is_cuda and half and _flash_takes(max(q.shape[-1], v.shape[-1]), v.device):
         return _flash_varlen(q, k, v, offsets, longest, window, scaling, dropout)[None], None
-    if window is not None:
-        raise RuntimeError(f"a sliding window of {window} tokens needs half precision on a GPU: use --no-packing")
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # grouped-query attention: these two paths want a key and a value for every query head
+    if groups > 1:  # grouped-query attention: the other paths want a key and a value for every query head
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if v.is_cuda and v.dtype == torch.float32:
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings in float32 widen them
+    if v.is_cuda and v.dtype == torch.float32 and window is None:
         return _efficient_varlen(q, k, v, offsets, longest, scaling, dropout), None
+    return _padded_varlen(q, k, v, offsets, longest, window, scaling, dropout)[None], None
+
+
+def _padded_varlen(q, k, v, offsets, longest: int, window: int | None, scaling, dropout: float) -> Tensor:
+    """The plain form: pad every example to the longest, attend, and take the real tokens back; [T, heads, d_v]."""
+    total = len(q)
     offsets = offsets.unique()  # without empty slots
     q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
-    token = torch.arange(query.shape[2], device=query.device, dtype=offsets.dtype)
+    mask = None
+    if window is not None:
+        position = torch.arange(longest, device=q.device)
+        behind = position[:, None] - position  # [L, L] how far a key lies behind its query
+        mask = (behind >= 0) & (behind < window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+    ).transpose(1, 2)  # [n, L, heads, d_v]
+    token = torch.arange(total, device=q.device, dtype=offsets.dtype)
     owner = torch.searchsorted(offsets, token, right=True) - 1  # [T] the example of each token
-    return out[owner, token - offsets[owner]][None], None
+    return out[owner, token - offsets[owner]]
 
 
 # The two kernels are private operators of torch, called as seen in 2.9, 2.11 and 2.13. The public
@@ -211,24 +232,39 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 # 2.10 and 2.13.
 
 
+def _flash_takes(width: int, device: torch.device) -> bool:
+    """Heads go up to 256. Above 192 the backward fits no consumer GPU (compute capability 8.6, 8.9, 12)."""
+    if width <= 192:
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    consumer = (major == 8 and minor > 0) or major == 12
+    return width <= 256 and not consumer
+
+
 def _flash_varlen(q, k, v, offsets, longest: int, window: int | None, scaling, dropout: float) -> Tensor:
     limits = {}
     if window is not None:
         limits = {"window_size_left": window - 1, "window_size_right": 0}  # keys beside the query's own
     causal, debug_mask = True, False
+    d_v, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    width = -(-widest // 8) * 8  # the kernel has one width for Q, K and V, a multiple of 8; columns of 0 add nothing
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings in float32 widen them
-    return torch.ops.aten._flash_attention_forward(
+    if q.shape[-1] != width:
+        q, k = F.pad(q, (0, width - q.shape[-1])), F.pad(k, (0, width - k.shape[-1]))
+    if d_v != width:
+        v = F.pad(v, (0, width - d_v))
+    out = torch.ops.aten._flash_attention_forward(
         *(q, k, v, offsets, offsets, longest, longest, dropout, causal, debug_mask), scale=scaling, **limits
-    )[0]  # [T, heads, d_head]
+    )[0]  # [T, heads, width]
+    return out[..., :d_v]  # [T, heads, d_v]
 
 
 def _efficient_varlen(q, k, v, offsets, longest: int, scaling, dropout: float) -> Tensor:
     bias, causal, keep_for_backward = None, 1, torch.is_grad_enabled()
-    q, k = q.to(v.dtype), k.to(v.dtype)
     return torch.ops.aten._efficient_attention_forward(
         *(q[None], k[None], v[None], bias, offsets, offsets, longest, longest, dropout, causal, keep_for_backward),
         scale=scaling,
-    )[0]  # [1, T, heads, d_head]
+    )[0]  # [1, T, heads, d_v]
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -320,6 +356,197 @@ class TokenCrossEntropy(torch.autograd.Function):
             ctx.kernels.scaled_softmax_(rows, lse, scale)  # d/d logits = (softmax - one-hot) grad
         at_target = log_p.expm1() * grad  # (p - 1) grad, exact where p is near 1
         return logits.scatter_(1, targets[:, None], at_target[:, None].to(logits.dtype)), None, None
+
+
+# -------------------------------------------------------------------------------------------- can examples share a row?
+
+
+class Differences(NamedTuple):
+    """How much a few rows' token losses depend on what they must not depend on, in units of rounding noise."""
+
+    ahead: float  # on the tokens behind them; NaN where the losses are not finite
+    apart: float = 0.0  # on being packed instead of padded: windows, positions, kernels
+    leaks: float = 0.0  # on the neighbour before them in a packed row: state and attention that pass a row's end
+    problem: str = ""  # what packing raised
+    idle_adapter: str = ""  # a LoRA module, where none of them ever runs
+
+
+def check_rows(data: Sequence) -> list[Tensor]:
+    """Token ids of seven rows of TokenizedRows: the longest, where windows and positions show, three of middle length,
+    and the three shortest."""
+    places = [(rows.length(i), part, i) for part, rows in enumerate(data) for i in range(len(rows))]
+    places.sort()
+    middle = max(0, len(places) // 2 - 1)
+    chosen = [places[-1], *places[middle : middle + 3], *places[:3]]
+    chosen = (chosen * 7)[:7]  # where there are fewer rows
+    return [data[part].example(i).ids.long() for _, part, i in chosen]
+
+
+FIRST, LAST = 32, 96  # tokens of a row whose losses are compared: leaks show at its beginning, windows at its end
+
+
+def watched(tokens: int) -> Tensor:
+    """Which tokens of a row have a loss in the check, [tokens] bool."""
+    mask = torch.zeros(tokens, dtype=torch.bool)
+    mask[1 : 1 + FIRST] = True
+    mask[max(1, tokens - LAST) :] = True
+    return mask
+
+
+@dataclass
+class PackingCheck:
+    """Runs a few rows in several arrangements before training and compares their token losses.
+
+    Packing is right only for models whose every layer keeps the examples of a row apart. Recurrent states and
+    convolutions pass from one to the next; some models cut attention windows in the mask alone, count positions from 2,
+    or ignore the attention function. No list of architectures stays complete, so the model itself is asked.
+    """
+
+    model: nn.Module  # as prepared, DDP's inner
+    labelled_logits: LabelledLogits
+    autocast: Callable
+    max_tokens: int  # of a micro-batch
+    max_length: int
+    dtype: torch.dtype  # that the model computes in
+
+    def differences(self, rows: list[Tensor], packed: bool) -> Differences:
+        """Four forwards of `rows` (token ids each), seven when they may be `packed`. Raises what the model raises."""
+        # 1. Padded, as they are; and again after their last quarter was replaced by their beginning.
+        with _running_adapters(self.model) as ran:
+            padded = self.token_losses(rows)
+        if not torch.cat(padded).isfinite().all():
+            return Differences(ahead=math.nan)
+        idle = next(iter(ran)) if ran and not any(ran.values()) else ""
+        kept = [max(2, len(ids) * 3 // 4) for ids in rows]
+        changed = []
+        for ids, n in zip(rows, kept, strict=True):
+            changed.append(torch.cat([ids[:n], ids[: len(ids) - n]]))
+        changed = self.token_losses(changed)
+
+        # 2. The unit: how far the same losses move when all roundings fall anew.
+        rounded = []
+        for seed in range(2):
+            with _rounding_errors(self.model, self.dtype, seed):
+                rounded.append(self.token_losses(rows))
+
+        def in_noise(a: list[Tensor], b: list[Tensor], part: slice) -> float:
+            """Mean difference of the losses of some rows, in that unit."""
+            reference = padded[part]
+            noise = sum(_mean_difference(reference, other[part]) for other in rounded) / len(rounded)
+            floor = torch.finfo(torch.float32).eps * float(torch.cat(reference).mean())  # losses are float32
+            return _mean_difference(a[part], b[part]) / max(noise, floor, 1e-30)
+
+        # 3. A causal model's earlier losses know nothing of a changed end.
+        before, after = [], []
+        for ids, n, value, other in zip(rows, kept, padded, changed, strict=True):
+            early = int(watched(len(ids))[:n].sum())  # losses of tokens before the change
+            before.append(value[:early])
+            after.append(other[:early])
+        ahead = in_noise(before, after, slice(None))
+        if not packed:
+            return Differences(ahead, idle_adapter=idle)
+
+        # 4. Packed: each as it fits, then short ones in one row, twice, with one of them reversed the second time.
+        room = max(2, self.max_tokens // len(rows))
+        short = [ids[:room] for ids in rows]
+        reversed_one = len(short) // 2
+        neighbour = [*short]
+        neighbour[reversed_one] = short[reversed_one].flip(0)
+        try:
+            use_packed_attention(self.model)
+            alone = self.token_losses(rows, packed=True)
+            first = self.token_losses(short, packed=True, together=True)
+            second = self.token_losses(neighbour, packed=True, together=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # kernels that are not installed, attention that can't, ...
+            self.labelled_logits.announced = None  # the output embedding may not have been reached
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return Differences(ahead, math.inf, math.inf, problem, idle)
+        apart = max(in_noise(padded, alone, slice(1)), in_noise(padded, alone, slice(1, None)))
+        # What a change does to the rows before it is numerical: experts that are handed other numbers of tokens.
+        coupling = in_noise(first, second, slice(reversed_one))
+        leaks = in_noise(first, second, slice(reversed_one + 1, None))
+        if leaks <= 3 * coupling:
+            leaks = 0.0
+        return Differences(ahead, apart, leaks, idle_adapter=idle)
+
+    @torch.no_grad()
+    def token_losses(self, rows: list[Tensor], packed: bool = False, together: bool = False) -> list[Tensor]:
+        """Losses of the watched tokens of each row, [watched] float32 on the host for each.
+
+        The rows are padded, packed, or packed `together` into one row in their order.
+        """
+        plan = [list(range(len(rows)))]
+        if not together:
+            plan = plan_micro_batches([len(ids) for ids in rows], self.max_tokens, 1, packed)[0]
+        device = self.model.get_input_embeddings().weight.device
+        losses: list[Tensor] = [torch.zeros(0)] * len(rows)
+        for members in plan:
+            examples = [(rows[i], watched(len(rows[i]))) for i in members]
+            batch = pack(examples, self.max_length) if packed else collate(examples)
+            owner = batch.owner
+            # every token becomes an example of its own: the mean over a row would hide a leak at its beginning
+            batch = batch._replace(owner=torch.arange(len(owner)), counts=torch.ones_like(owner))
+            with self.autocast():
+                values = micro_batch_losses(self.model, self.labelled_logits, batch.to(device))[0].float().cpu()
+            for place, i in enumerate(members):
+                losses[i] = values[owner == place]
+        return losses
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Give the model `packed_attention`, through transformers' registry of attention functions."""
+    import transformers
+
+    transformers.AttentionInterface.register("packed", packed_attention)
+    model.set_attn_implementation("packed")
+
+
+def attention_configs(model: nn.Module) -> list[tuple]:
+    """The configs of a model and its parts, each with the name of its attention function, to be able to go back."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def _mean_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    return float((torch.cat(a) - torch.cat(b)).abs().mean())
+
+
+@contextmanager
+def _rounding_errors(model: nn.Module, dtype: torch.dtype, seed: int):
+    """Embeddings off by one rounding error of `dtype` each, in a random direction: all later roundings fall anew.
+
+    Two batches of the same rows would not do: a GPU often gives them the same bits.
+    """
+
+    def shift(module, args, output):
+        generator = torch.Generator(output.device).manual_seed(seed)
+        up = torch.randint(0, 2, output.shape, generator=generator, device=output.device)
+        return output * (1 + (2 * up - 1) * torch.finfo(dtype).eps / 2).to(output.dtype)
+
+    with model.get_input_embeddings().register_forward_hook(shift):
+        yield
+
+
+@contextmanager
+def _running_adapters(model: nn.Module):
+    """Counts, by module name, how often each LoRA module runs."""
+    ran, handles = {}, []
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        ran[name] = 0
+
+        def count(module, args, output, name=name):
+            ran[name] += 1
+
+        handles.append(module.register_forward_hook(count))
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ----------------------------------------------------------------------------------------- hidden states for clustering

@@ -210,8 +210,9 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
 
     served = similarity[:, index]  # [N, k]
     served[index, torch.arange(k, device=index.device)] = math.inf  # a medoid serves itself, also where copies exist
-    weight = torch.bincount(served.argmax(1), minlength=k)  # [k]
-    return index, weight
+    nearest = served.max(1, keepdim=True).values  # [N, 1]
+    owner = (served >= nearest - TIE * scale.to(similarity)).int().argmax(1)  # [N] the earliest of those that tie
+    return index, torch.bincount(owner, minlength=k)  # [k] each
 
 
 # -------------------------------------------------------------------------------------------- the coreset (Algorithm 1)

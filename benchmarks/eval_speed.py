@@ -4,7 +4,7 @@
     python benchmarks/eval_speed.py --shape tiny --rows 16 --options 20    # a minute on two CPU cores
     python benchmarks/eval_speed.py --model microsoft/phi-2 --questions data/gsm8k.jsonl
 
-maths    eval_math.evaluate against model.generate on batches of 8 in file order, padded on the left; both greedy
+maths    eval_math.generate against model.generate on batches of 8 in file order, padded on the left; both greedy
 options  eval_superglue.score_options against one forward pass of batch 1 for each prompt with each of its options
 
 Prompts are random tokens, of clip(lognormal(4.9, 0.3), 48, 400) tokens for maths and clip(lognormal(5.2, 0.5), 32, 480)
@@ -43,12 +43,12 @@ from colm_data import prompt_and_completion
 
 
 class Numbers:
-    """Stands in for a tokenizer: a text is its numbers."""
+    """Stands in for a tokenizer: a text is its numbers; one without any is a 1."""
 
     eos_token_id = 0
 
-    def __call__(self, text: str, verbose: bool = False) -> dict:
-        return {"input_ids": [int(x) for x in re.findall(r"\d+", text)]}
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = False) -> dict:
+        return {"input_ids": [int(x) for x in re.findall(r"\d+", text) or ["1"]]}
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         return " ".join(map(str, tokens))
@@ -112,10 +112,10 @@ def maths_rows(args, vocab: int) -> list[eval_math.Row]:
 
 def our_maths(rows, model, tokenizer, room, ends: dict[int, int], args) -> dict[int, list[int]]:
     Watched.ends, Watched.eos, Watched.written = ends, tokenizer.eos_token_id, {}
-    flags = argparse.Namespace(mode="cot", cot_backup=False, program_seconds=10.0, **vars(args))
+    flags = argparse.Namespace(mode="cot", cot_backup=False, execute_programs=False, **vars(args))
     with tempfile.TemporaryDirectory() as folder:
         rows = sorted(rows, key=lambda row: -len(row.question))  # as eval_math.main has them
-        eval_math.evaluate(rows, model, tokenizer, room, flags, Path(folder, "predictions.jsonl"), show=False)
+        eval_math.generate(rows, model, tokenizer, room, flags, Path(folder, "predictions.jsonl"), show=False)
     return Watched.written
 
 
@@ -126,7 +126,7 @@ def plain_maths(rows, model, tokenizer, room, ends: dict[int, int], args) -> dic
     written = {}
     for part in (rows[i : i + 8] for i in range(0, len(rows), 8)):
         texts = [prompt_and_completion({"instruction": r.question, "output": ""}, "", tokenizer)[0] for r in part]
-        prompts = [tokenizer(text, verbose=False)["input_ids"][-room:] for text in texts]
+        prompts = [eval_math.prompt_ids(tokenizer, text)[-room:] for text in texts]
         tokens, mask = eval_superglue.pad(prompts, "left", model.device)
         width = tokens.shape[1]
         targets = torch.tensor([ends.get(r.number, -1) for r in part], device=model.device)
@@ -208,7 +208,7 @@ def measure_maths(model, tokenizer, room, args) -> dict:
     rows, ends = maths_rows(args, model.config.vocab_size), {}
     if not args.model:
         ends = dict(enumerate(lengths(len(rows), math.log(110), 0.5, 16, args.max_new_tokens, 2)))
-    eval_math.Batch = Watched  # evaluate makes one
+    eval_math.Batch = Watched  # generate makes one
     sides = [partial(f, model=model, tokenizer=tokenizer, room=room, args=args) for f in (plain_maths, our_maths)]
     for side, some in zip(sides, (rows[:8], rows), strict=True):  # kernels are chosen, memory pools grow
         side(some, ends={row.number: 3 for row in rows})

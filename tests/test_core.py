@@ -185,7 +185,8 @@ def test_no_row_is_picked_twice_however_large_the_features(n):
 
 def test_rows_that_differ_by_rounding_alone_go_to_the_lowest():
     features = torch.ones(9, 50) + 1e-7 * normal(9, 50)
-    assert select_coreset(features, torch.zeros(9), 4).index.tolist() == [0, 1, 2, 3]
+    coreset = select_coreset(features, torch.zeros(9), 4)
+    assert coreset.index.tolist() == [0, 1, 2, 3] and coreset.weight.tolist() == [6, 1, 1, 1]
 
 
 @pytest.mark.parametrize("n", [7, 53])

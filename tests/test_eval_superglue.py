@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from models import tiny_model
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_superglue as sg
-from train_colm import demo_tokenizer
+from colm_data import demo_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
@@ -76,8 +78,8 @@ ROWS = {  # task: a row of the file, prompts, completions
     ),
     "BoolQ": (
         {"passage": "Tea -- Hot.", "question": "is tea hot", "label": True},
-        ["Tea -- Hot. Is tea hot?"],
-        [" Yes"],
+        ["Tea -- Hot. Is tea hot?\n"],  # the third of MeZO's templates, which its results use
+        ["Yes"],
     ),
     "WiC": (
         {"word": "bank", "sentence1": "A bank.", "sentence2": "River banks.", "label": False},
@@ -139,11 +141,157 @@ def test_drop_files_of_many_lines(tmp_path):
     assert [e.gold for e in examples] == [[["10"]], [["Al", "Bo"]], [["3 May 1990"], ["May 1990"]]]
 
 
+def test_drop_questions_without_an_answer_are_left_out(tmp_path, capsys):
+    silent = {"question": "Why?", "answer": {"number": "", "spans": [], "date": NO_DATE}}
+    some = {"nfl_1": DROP["nfl_1"] | {"qa_pairs": [silent, *DROP["nfl_1"]["qa_pairs"]]}}
+    examples = sg.read_task("DROP", str(write(tmp_path / "f", some)))
+    assert [e.id for e in examples] == ["DROP 0.1", "DROP 0.2", "DROP 0.3"]
+    assert capsys.readouterr().err == f"{tmp_path / 'f'}: 1 questions have no answer and are left out\n"
+    with pytest.raises(sg.UserError, match="holds no question of DROP"):
+        sg.read_task("DROP", str(write(tmp_path / "f", {"nfl_1": {"passage": "x", "qa_pairs": [silent]}})))
+
+
 def test_limit_draws_passages_of_each_file(tmp_path):
     tasks = [f"MultiRC={write(tmp_path / 'm', [MULTIRC] * 5)}", f"SQuAD={write(tmp_path / 's', squad('abcdef'))}"]
-    drawn = [sg.read_tasks(argparse.Namespace(tasks=tasks, limit=2, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [sg.read_tasks(argparse.Namespace(command="score", tasks=tasks, limit=2, seed=seed)) for seed in (0, 0, 1)]
     ids = [[e.id for e in examples] for examples in drawn]
     assert ids[0] == ids[1] != ids[2] and [len(x) for x in ids] == [2 * 4 + 2] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+
+NFL = {"section_id": "nfl_1", "passage": "They scored 3 and 7."}
+NO_MORE = {"number": [], "date": [], "spans": [], "worker_id": []}
+HUB_ROWS = {  # the rows of ROWS as the hub has them: integer labels, one question each
+    "SST-2": [{"idx": 0, "sentence": "it works . ", "label": 1}],
+    "CB": [{"premise": "It rained.", "hypothesis": "it rained", "idx": 0, "label": 2}],
+    "RTE": [{"premise": "It rained.", "hypothesis": "It was wet.", "idx": 0, "label": 1}],
+    "BoolQ": [{"question": "is tea hot", "passage": "Tea -- Hot.", "idx": 0, "label": 1}],
+    "WiC": [ROWS["WiC"][0] | {"start1": 2, "start2": 6, "end1": 6, "end2": 11, "idx": 0, "label": 0}],
+    "WSC": [{"text": "Al saw Bo and He waved.", "span1_text": "Al", "span2_text": "He", "idx": 0, "label": 1}],
+    "COPA": [ROWS["COPA"][0] | {"idx": 0}],
+    "MultiRC": [
+        {
+            "paragraph": "Ann has a cat. ",
+            "question": question["question"],
+            "answer": answer["text"],
+            "idx": {"paragraph": 7, "question": q, "answer": a},
+            "label": answer["label"],
+        }
+        for q, question in enumerate(MULTIRC["passage"]["questions"])
+        for a, answer in enumerate(question["answers"])
+    ],
+    "ReCoRD": [
+        {
+            "passage": RECORD["passage"]["text"],
+            "query": "Then @placeholder left Bob.",
+            "entities": ["Ann", "Bob"],
+            "answers": ["Ann"],
+            "idx": {"passage": 0, "query": 0},
+        }
+    ],
+    "SQuAD": [
+        {
+            "id": "x",
+            "title": "Cats",
+            "context": "Cats purr.",
+            "question": "Who purrs?",
+            "answers": {"text": ["Cats", "All cats"], "answer_start": [0, 0]},
+        }
+    ],
+    "DROP": [
+        NFL | {"question": x["question"], "answer": x["answer"], "validated_answers": NO_MORE}
+        for x in DROP["nfl_1"]["qa_pairs"][:2]
+    ]
+    + [
+        NFL
+        | {
+            "question": "When?",
+            "answer": DROP["nfl_1"]["qa_pairs"][2]["answer"],
+            "validated_answers": {"number": [""], "date": [NO_DATE], "spans": [["May 1990"]], "worker_id": ["1"]},
+        }
+    ],
+}
+
+
+class Hub(types.ModuleType):
+    """A stand-in for the package `datasets`: what was asked for, and the rows of every dataset."""
+
+    def __init__(self):
+        super().__init__("datasets")
+        self.asked, self.rows = [], None
+
+    def load_dataset(self, path, config=None, split=None):
+        self.asked.append((path, config, split))
+        if self.rows is None:
+            raise FileNotFoundError(f"{path}\nis not there")
+        return self.rows
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    module = Hub()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def read(*tasks, command="score"):
+    return sg.read_tasks(argparse.Namespace(command=command, tasks=[str(task) for task in tasks], limit=None, seed=0))
+
+
+def contents(examples):
+    return [(e.prompt, list(e.options.values()), sg.training_row(e, False), e.gold) for e in examples]
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_hub_asks_the_same_as_the_release(task, hub, tmp_path):
+    """From the hub itself, and from its rows saved as JSON lines."""
+    released = read(f"{task}={write(tmp_path / 'f', ROWS[task][0])}")
+    hub.rows = HUB_ROWS[task]
+    found = read(task)
+    assert contents(found) == contents(released) and [e.source for e in found] == [e.source for e in released]
+    assert contents(read(f"{task}={write(tmp_path / 'rows.jsonl', HUB_ROWS[task])}")) == contents(released)
+    read(task, command="prepare")
+    path, config = sg.TASKS[task].hub.split(":")
+    assert hub.asked == [(path, config, "validation"), (path, config, "train")]
+    assert task in ("DROP", "ReCoRD", "SQuAD") or [e.id for e in found] == [e.id for e in released]
+
+
+def test_answers_of_a_multirc_question_are_joined_wherever_they_stand(hub):
+    first, second = ([row | {"idx": row["idx"] | {"paragraph": p}} for row in HUB_ROWS["MultiRC"]] for p in (3, 9))
+    hub.rows = [row for pair in zip(first, second, strict=True) for row in pair]
+    places = ["0.0.0", "0.0.1", "0.1.0", "0.1.1", "1.0.0", "1.0.1", "1.1.0", "1.1.1"]
+    assert [e.id for e in read("MultiRC")] == [f"MultiRC {place}" for place in places]
+
+
+def test_hub_ids(hub):
+    hub.rows = [{"question": "is tea hot", "passage": "Hot.", "answer": True}]  # google/boolq's name for the label
+    for where in ("google/boolq", "google/boolq:test", "google/boolq:default:train"):
+        assert [e.gold for e in read(f"BoolQ={where}")] == [[True]]
+    splits = [(None, "validation"), (None, "test"), ("default", "train")]
+    assert hub.asked == [("google/boolq", *split) for split in splits]
+    hub.rows = [HUB_ROWS["DROP"][0] | {"validated_answers": [{"number": "7", "date": NO_DATE, "spans": []}]}]
+    assert [e.gold for e in read("DROP")] == [[["10"], ["7"]]]  # a list of dicts, as newer copies may have it
+
+
+def test_hub_errors(hub, tmp_path, monkeypatch, capsys):
+    def error(task):
+        message = refused(capsys, "prepare", task, "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return message
+
+    assert "aps/super_glue:cb:train can't be read from the hub (aps/super_glue is not there): give CB=FILE" in error(
+        "CB"
+    )
+    hub.rows = [NFL | {"question": "Who?", "answers_spans": {"spans": ["Al"], "types": ["span"]}}]
+    assert "use EleutherAI/drop" in error("DROP=ucinlp/drop")
+    hub.rows = [HUB_ROWS["DROP"][0] | {"validated_answers": {"number": ["1"], "date": [], "spans": []}}]
+    assert "EleutherAI/drop:default:train row 1 can't be read as DROP (zip() argument 2 is shorter" in error("DROP")
+    hub.rows = [{"paragraph": "x", "question": "y"}]
+    assert "no field 'idx'" in error("MultiRC")
+    assert "CB/val.jsonl does not exist" in error("CB=CB/val.jsonl")  # a path, though it looks like an id
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "needs a package: pip install datasets, or give RTE=FILE" in error("RTE")
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -179,13 +327,13 @@ def test_cb_macro_f1():
 
 
 def test_intervals():
-    assert sg.share([1] * 8 + [0] * 2) == {
+    assert sg.accuracy([1] * 8 + [0] * 2) == {
         "score": 80,
         "interval": pytest.approx([49.02, 94.33], abs=0.01),
         "count": 10,
     }
-    assert sg.share([0] * 5)["interval"][0] == 0 and sg.share([1] * 5)["interval"][1] == 100
-    found = sg.bootstrap([0.0, 1.0] * 200, torch.mean)  # that of a share of 400: 1.96 * 0.5 / 20
+    assert sg.accuracy([0] * 5)["interval"][0] == 0 and sg.accuracy([1] * 5)["interval"][1] == 100
+    found = sg.bootstrap([0.0, 1.0] * 200, torch.mean)  # that of an accuracy over 400: 1.96 * 0.5 / 20
     assert found["score"] == 50 and found["interval"] == pytest.approx([45.1, 54.9], abs=0.6)
     assert found == sg.bootstrap([0.0, 1.0] * 200, torch.mean)
 
@@ -246,12 +394,17 @@ class Tokenizer:
     def batch_decode(self, rows, skip_special_tokens=False):
         return [" ".join(map(str, row)) for row in rows]
 
-    def __call__(self, texts, add_special_tokens, verbose):
+    def decode(self, row):
+        return " ".join(map(str, row))
+
+    def __call__(self, texts, add_special_tokens=True, verbose=True):
+        if isinstance(texts, str):
+            return {"input_ids": self([texts], add_special_tokens)["input_ids"][0]}
         return {"input_ids": [[1] * add_special_tokens + [3 + ord(c) % 90 for c in text] for text in texts]}
 
 
 def arguments(**given):
-    defaults = dict(option_score="sum", max_length=60, max_new_tokens=4, max_tokens_per_batch=60)
+    defaults = dict(option_score="sum", max_length=60, max_new_tokens=4, max_tokens_per_batch=60, chat_template=None)
     return argparse.Namespace(**defaults | given)
 
 
@@ -335,18 +488,138 @@ def test_generation_in_a_batch_is_generation_alone():
 
 
 def test_left_truncation_keeps_bos_and_options():
-    def encoded(max_length):
+    def asked_in(max_length):
         asked = sg.Example("CB 0", "CB", "abcdefghij", {0: "yes", 1: "maybe"}, [0], None)
         sg.encode([asked], Tokenizer(), arguments(max_length=max_length))
         return asked
 
     tokens = Tokenizer()(["abcdefghij"], True, False)["input_ids"][0]
-    cut = encoded(12)
+    cut = asked_in(12)
     assert cut.prompt_ids == [1, *tokens[-6:]] and cut.shortened  # 12 - 5 of the longest option, BOS among them
     assert [len(option) for option in cut.option_ids] == [3, 5]
-    assert encoded(16).prompt_ids == tokens and not encoded(16).shortened
+    assert asked_in(16).prompt_ids == tokens and not asked_in(16).shortened
     with pytest.raises(sg.UserError, match="--max_length 6 leaves CB 0 no prompt before 5 tokens"):
-        encoded(6)
+        asked_in(6)
+
+
+def with_start_and_end():
+    """A tokenizer that puts a start token before and an end token behind every text."""
+    tokenizer = demo_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"})
+    ids = [("<|start|>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|start|> $A <|end|>", special_tokens=ids)
+    return tokenizer
+
+
+def encoded(tokenizer, prompt="Is it so?", **flags) -> sg.Example:
+    asked = sg.Example("CB 0", "CB", prompt, {0: " Yes", 1: " No"}, [0], None)
+    sg.encode([asked], tokenizer, arguments(**{"max_length": 500} | flags))
+    return asked
+
+
+def test_prompts_do_not_end_in_eos():
+    tokenizer = with_start_and_end()
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    text = tokenizer("Is it so?", add_special_tokens=False)["input_ids"]
+    asked = encoded(tokenizer)
+    assert asked.prompt_ids == [tokenizer.bos_token_id, *text]
+    assert encoded(tokenizer, "<|start|>Is it so?").prompt_ids == asked.prompt_ids  # rendered beforehand
+    assert tokenizer.batch_decode(asked.option_ids) == [" Yes", " No"]
+    cut = encoded(tokenizer, "Is it so? " * 9, max_length=30)
+    assert cut.shortened and cut.prompt_ids[0] == tokenizer.bos_token_id and cut.prompt_ids.count(text[-1]) > 1
+
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+EMPTY_THOUGHT = CHATML.replace(  # the generation prompt leaves the thought to the model, a finished turn has none
+    "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+)
+OPEN_THOUGHT = (  # the generation prompt opens a thought, which a finished turn leaves out
+    "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Assistant>"
+    "{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, before, blanks, after",
+    [
+        (CHATML, "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>"),
+        (INST, "<|start|>[INST] Is it so? [/INST]", " ", "<|end|>"),
+        (
+            EMPTY_THOUGHT,
+            "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            "",
+            "<|im_end|>",
+        ),
+        (OPEN_THOUGHT, "<User>Is it so?<Assistant>", "", "<|end|>"),
+    ],
+)
+def test_chat_template(template, before, blanks, after):
+    """Prompt and option are what a chat with that answer has, up to the answer's end."""
+    tokenizer = with_start_and_end()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    asked = encoded(tokenizer, "Is it so?\n", chat_template=True)
+    assert tokenizer.decode(asked.prompt_ids) == before
+    assert tokenizer.batch_decode(asked.option_ids) == [blanks + "Yes", blanks + "No"]
+    row = sg.training_row(asked, mixture=False, chat=True)
+    chat = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert chat.startswith(tokenizer.decode(asked.prompt_ids + asked.option_ids[0]) + after)
+    stop = sg.greedy(tokenizer, arguments(chat_template=True)).eos_token_id
+    assert tokenizer.convert_tokens_to_ids(after) in stop and tokenizer.eos_token_id in stop
+    assert asked.prompt_ids.count(tokenizer.bos_token_id) == before.count("<|start|>")
+
+
+def test_chat_template_is_the_default_after_training_on_chats(tmp_path):
+    def chosen(**flags):
+        args = arguments(model=str(tmp_path), **flags)
+        sg.choose_defaults(args, types.SimpleNamespace(config=LlamaConfig()), tokenizer)
+        return args.chat_template
+
+    tokenizer = demo_tokenizer()
+    assert not chosen()
+    with pytest.raises(sg.UserError, match="--chat_template: the tokenizer of .* has none"):
+        chosen(chat_template=True)
+    tokenizer.chat_template = CHATML
+    assert chosen(chat_template=True) and not chosen()
+    (tmp_path / "colm_prompts.json").write_text('{"chat_template": true}')
+    assert chosen() and not chosen(chat_template=False)
+    tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+    with pytest.raises(sg.UserError, match="refuses a question and an answer .no chats"):
+        encoded(tokenizer, chat_template=True)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(sg.UserError, match="leaves out the assistant's answer"):
+        encoded(tokenizer, chat_template=True)
+
+
+def test_max_length_is_the_official_one_where_the_model_has_room():
+    def chosen(positions, given=None):
+        args = arguments(max_length=given, model="")
+        sg.choose_defaults(args, types.SimpleNamespace(config=LlamaConfig(max_position_embeddings=positions)), None)
+        return args.max_length
+
+    assert [chosen(n) for n in (1024, 2048, 4096, -1)] == [1024, 2048, 2048, 2048]
+    assert chosen(4096, 3000) == 3000 and chosen(-1, 3000) == 3000
+    with pytest.raises(sg.UserError, match="--max_length 1025 exceeds the model's 1024 positions: lower it"):
+        chosen(1024, 1025)
+
+
+def test_other_prompts_are_another_run(tmp_path):
+    """A chat template that prints today's date asks something else tomorrow."""
+    args = argparse.Namespace(model=str(tmp_path), output_dir=str(tmp_path))
+    asked = [example("CB", prompt_ids=[3, 4], option_ids=[[5]])]
+    sg.open_folder(tmp_path, sg.settings_of(args, asked), overwrite=False)
+    sg.open_folder(tmp_path, sg.settings_of(args, asked), overwrite=False)
+    asked[0].prompt_ids = [3, 6]
+    with pytest.raises(sg.UserError, match="files of the data and the model is .*, but .* holds a run with"):
+        sg.open_folder(tmp_path, sg.settings_of(args, asked), overwrite=False)
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -368,7 +641,7 @@ def world(tmp_path_factory):
         return " ".join(draw.choices(words, k=draw.randint(3, 9)))
 
     copa = [dict(premise=text(), choice1=text(), choice2=text(), question="cause", label=i % 2) for i in range(60)]
-    cb = [dict(premise=text(), hypothesis=text(), label=draw.choice([*sg.TASKS["CB"][1]])) for _ in range(20)]
+    cb = [dict(premise=text(), hypothesis=text(), label=draw.choice([*sg.TASKS["CB"].options])) for _ in range(20)]
     for name, rows in {
         "COPA": copa,
         "CB": cb,
@@ -462,7 +735,7 @@ def refused(capsys, *argv) -> str:
 @pytest.mark.parametrize(
     "task, content, wanted",
     [
-        ("CB", None, "does not exist"),
+        ("CB", None, "does not exist: give a file, or CB alone for the hub's aps/super_glue:cb"),
         ("CB", ['{"premise": "a"', "{}"], "line 1: broken JSON"),
         ("CB", ["[1]"], "row 1 can't be read as CB"),
         ("CB", {"premise": "a", "hypothesis": "b"}, "line 1 has no field 'label': give a labelled file"),
@@ -476,7 +749,7 @@ def refused(capsys, *argv) -> str:
         ("SST-2", "index\tsentence\n0\tgood", "line 2 has no field 'label'"),
         ("SST-2", "sentence\tlabel\ngood 1", "line 2: [None] is not one of '1', '0'"),
         ("SQuAD", '{"data": [\n}', "line 2 column 1"),
-        ("SQuAD", None, "No such file"),
+        ("SQuAD", None, "does not exist: give a file, or SQuAD alone for the hub's rajpurkar/squad:plain_text"),
         ("SQuAD", "[1]", "can't be read as SQuAD"),
         (
             "SQuAD",
@@ -486,11 +759,15 @@ def refused(capsys, *argv) -> str:
         ("DROP", {"p": {"passage": "x", "qa_pairs": [{"question": "q"}]}}, "passage p has no field 'answer'"),
         ("MultiRC", {"passage": {"text": "x"}}, "has no field 'questions'"),
         ("WSC", {"text": "x", "target": {"span1_text": "x"}, "label": True}, "'span2_text'"),
-        ("BoolQA", {}, "write TASK=FILE, each task once, with a task of SST-2, CB"),
+        ("CB", {"premise": "a", "hypothesis": "b", "label": -1}, "[-1] is not one of 'entailment'"),  # of a test split
+        ("CB", {"premise": "a", "hypothesis": "b", "label": 3}, "[3] is not one of 'entailment'"),
+        ("BoolQA", {}, "write TASK or TASK=FILE, with a task of SST-2, CB"),
     ],
 )
 def test_bad_files(task, content, wanted, tmp_path, capsys):
-    path = tmp_path / "f.jsonl" if content is None else write(tmp_path / "f.jsonl", content)
+    path = tmp_path / ("f" if task in ("SST-2", "SQuAD", "DROP") else "f.jsonl")
+    if content is not None:
+        write(path, content)
     message = refused(capsys, "prepare", f"{task}={path}", "--output", tmp_path / "out")
     assert wanted in message and not (tmp_path / "out").exists()
 

@@ -559,6 +559,24 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads(whole, inputs):
     assert set(state) == {"step", "optimizer", "scheduler", "moments", "clusters"}
 
 
+def test_tensorboard_continues_the_curves_of_a_resumed_run(flags, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def curve() -> list[tuple[int, float]]:
+        events = EventAccumulator(str(next((tmp_path / "tensorboard").iterdir())))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars("loss")]
+
+    text = DROPOUT + " --report_to tensorboard --save_every 0"
+    assert train(flags(tmp_path, text, "--save_every 2"), stop_after=5) == 0
+    shutil.rmtree(tmp_path / "checkpoint-000005")  # as if killed before it: steps 5 and 6 are made again
+    assert train(flags(tmp_path, text, "--resume auto")) == 0
+    assert [step for step, _ in curve()] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in curve()] == pytest.approx(losses(tmp_path))
+    assert train(flags(tmp_path, text, "--overwrite --max_steps 2")) == 0
+    assert [step for step, _ in curve()] == [1, 2]
+
+
 def test_the_picture_of_a_run_follows_it(flags, tmp_path):
     pytest.importorskip("matplotlib")
     assert train(flags(tmp_path, "--report_to png --eval_every 2 --max_steps 3")) == 0
