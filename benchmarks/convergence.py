@@ -1,50 +1,40 @@
-"""How well does each selection learn? Settings x seeds of train_colm.py's own step: held-out loss and diagnostics.
+"""Where does which selection learn most? Selections x regimes x rates x seeds of train_colm.py's own step.
 
-    python benchmarks/convergence.py --model PATH --train_file rows.jsonl --seeds 0 1 2 --steps 240 --jobs 4 \\
-        --learning_rate 1e-3 --settings full-64 full-256 random random_keep colm-spsa colm-grad --output high_rate.json
-    python benchmarks/convergence.py ... --prepare 600 --learning_rate 1e-4 --output low_rate.json
-    python benchmarks/convergence.py --settings full-32 random colm-grad --coreset_sizes 32 --steps 20   # tiny, offline
-    python benchmarks/convergence.py --show high_rate.json --sort eval_loss_source_mean eval_loss_per_token
-    python benchmarks/plot_convergence.py high_rate.json
+    python benchmarks/convergence.py --model PATH --train_file rows.jsonl --jobs 8 --output map.json \\
+        --cells clean,copies,near_copies:full-64-sqrt,random_keep-sqrt,colm-grad-sqrt:cost:5 copies:colm-grad:steps:2
+    python benchmarks/convergence.py --cells clean:random,colm-grad:steps:1 --steps 20    # tiny, offline
+    python benchmarks/convergence.py --show map.json more.json
+    python benchmarks/plot_convergence.py map.json
 
-Flags that --help does not list go to train_colm.py; experiments.py holds selections that are not in it. The second
-command first trains PREPARE for 600 steps at --prepare_lr, merges the adapter into the model and compares from there.
+A cell is REGIMES:SETTINGS:BUDGETS:SEEDS. Cells come first that are named first. Flags that --help does not list go to
+train_colm.py.
 
+* REGIMES are what is wrong with the training rows: clean; copies (60 % of the rows are copies of 500); near_copies and
+  far_copies (and 15 % or 50 % of each copy's question is changed); noise (30 % of the answers of each source are
+  swapped); few (3,000 rows, several epochs); joined as in copies+noise. Held-out rows are always clean.
+* SETTINGS are selections of train_colm.py and of experiments.py. With -sqrt or -tokens a row's loss weighs the root or
+  the number of its completion's tokens; with dedup+ copies and near copies are removed before training.
+* BUDGETS. `steps`: as many optimizer steps as --steps says. `cost`: as many tokens as that many steps of --coreset_size
+  average rows have; a token that is trained on costs 1, a token that is only probed --price. The learning-rate schedule
+  spans the budget. 0.42 is the price on Phi-2's shape, 0.25 with gradient checkpointing: a forward pass against
+  forward, backward and, there, another forward.
+* SEEDS is a number. The first seed makes a run at each of --learning_rates; the rate with the smallest sum of the three
+  losses on one half of the held-out questions serves all seeds, and the losses on the other half are reported. Regimes
+  spoil the same rows in every seed; pools, adapters and dropout differ.
 * --held_out questions are kept for evaluation, with all the rows that ask them: rows ask the same when their letters
   and digits agree once answer options and a closing request for a program are taken off.
 * --jobs processes, spread over the visible GPUs, take a run at a time, and each run leaves one JSON in --work. What is
-  there is not run again, so an interrupted command goes on where it stopped; a failed run is reported, others go on.
-* A process keeps its model from run to run where it can, and starts each from the seed's own adapters and a new
-  optimizer. The loss before training is then evaluated once.
-* Seconds are those of training steps: no evaluation, diagnostics or warm-up. With --jobs above 1 runs slow each other
-  down; so each setting's step is also timed alone, in 3 rounds of --time_steps over all settings, and seconds are steps
-  times their lower quartile (other load on a host only adds to them). Without that (--time_steps 0), tables have no
-  seconds. --time_flags go to the timing alone: what they change is the time of a step and not, but for rounding, what
-  it computes, as with --compile and --gradient_checkpointing. To time on a quiet machine, run once with `--seeds` and
-  no number, and give that JSON to commands with the same flags as --times. The learning-rate schedule spans --steps;
-  with --seconds T, the steps that a setting makes in T.
-
-Every --match_every steps, with dropout off and over all trained parameters:
-
-* matching error ||g_S - g_P|| / ||g_P||: the coreset's gradient, as weighted in training, against the pool's; beside
-  its mean over --random_coresets random coresets of the same size, and over as many of the same structure (small
-  sources whole, the rest random). The scale of a gradient hardly matters to Adam, so the cosine is recorded too.
-* signal-to-noise of the pool's gradient: the N examples in B random blocks of equal size (B = 8, or the largest smaller
-  divisor of N) have mean gradients g_b with mean g_P. noise = sum_b ||g_b - g_P||^2 / (B (B - 1)) is an unbiased
-  estimate of E||g_P - E g_P||^2, and signal = ||g_P||^2 - noise one of ||E g_P||^2; it can be negative. Over several
-  pools the ratio of the sums is given. A random K of N lie at an expected squared distance of noise (N / K - 1).
+  there, or in a JSON that --known names, is not run again. A failed run is reported, others go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import gc
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -54,8 +44,10 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,108 +55,65 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 sys.path.insert(1, str(REPO / "benchmarks"))
 import experiments  # noqa: E402
-from experiments import EXPERIMENTS  # noqa: E402
+from experiments import GRAD, REGIMES, SELECTIONS  # noqa: E402
 
+import colm_data  # noqa: E402
 import train_colm  # noqa: E402
-from colm_core import AdamMoments, example_losses, small_sources  # noqa: E402
-from train_colm import Clock, TokenizedRows, UserError, generator_of  # noqa: E402
+from colm_core import small_sources  # noqa: E402
+from colm_data import Parser, TokenizedRows, UserError, load_tokenizer, replacing  # noqa: E402
+from train_colm import Clock  # noqa: E402
 
 SETTINGS = {  # name: flags of train_colm.py, after those of the command line
-    "full-32": "--selection full --pool_size 32",
-    "full-64": "--selection full --pool_size 64",
-    "full-128": "--selection full --pool_size 128",
-    "full-256": "--selection full --pool_size 256",
+    "full-64": "--selection full --pool_size 64 --coreset_size 64",
+    "full-128": "--selection full --pool_size 128 --coreset_size 128",
     "random": "--selection random",
     "random_keep": "--selection random_keep",
-    "random_half": "--selection random_keep --keep_share 0.5",
     "colm-spsa": "--selection colm --probe spsa",
     "colm-spsa-16": "--selection colm --probe spsa --num_directions 16",
-    "colm-spsa-run": "--selection colm --probe spsa --direction run",
-    "colm-spsa-16-run": "--selection colm --probe spsa --num_directions 16 --direction run",
-    "colm-grad": "--selection colm --probe grad",
-    "colm-grad-half": "--selection colm --probe grad --keep_share 0.5",
+    "colm-spsa-64": "--selection colm --probe spsa --num_directions 64",
+    "colm-grad": GRAD,
+    "colm-grad-96": GRAD + " --pool_size 96",
+    "colm-cosine": GRAD + " --similarity cosine",
 }
-SETTINGS |= {name: "--selection colm --probe grad" for name in EXPERIMENTS}
-for power in ("sqrt", "tokens"):  # full-64-sqrt: as full-64, with --example_weights sqrt
-    SETTINGS |= {f"{k}-{power}": f"{v} --example_weights {power}" for k, v in [*SETTINGS.items()] if k[-4:] != "sqrt"}
+SETTINGS |= {name: flags for name, (_, flags) in SELECTIONS.items()}
+BUDGETS = ("steps", "cost")
+MEASURES = {
+    "mean over sources": "eval_loss_source_mean",
+    "per token": "eval_loss_per_token",
+    "per example": "eval_loss",
+}
+TAKEN = {"--seed", "--max_steps", "--num_epochs", "--eval_file", "--output_dir", "--resume", "--config"}
+TAKEN |= {"--learning_rate", "--cluster_sources"}  # rates are --learning_rates; the loop below does not re-cluster
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
-PREPARE = "full-256"
-TIME_ROUNDS = 3
-MEASURES = {"mean over sources": "eval_loss_source_mean", "per token": "eval_loss_per_token"}
-MEASURES |= {"per example": "eval_loss", "small sources": "small_sources"}
-TAKEN = {
-    "--coreset_size",
-    "--seed",
-    "--max_steps",
-    "--num_epochs",
-    "--eval_file",
-    "--output_dir",
-    "--resume",
-    "--config",
-}
-TAKEN |= {"--cluster_sources"}  # the loop below does not re-cluster
-COSTS = {  # of a run's records: name in a table, scale, decimals
-    "tokens": ("M tokens trained", 1e6, 2),
-    "completion_tokens": ("M completion tokens", 1e6, 2),
-    "probe_tokens": ("M tokens probed", 1e6, 2),
-    "step": ("steps", 1, 0),
-    "seconds": ("seconds", 1, 1),
-}
-COLUMNS = [*MEASURES.values(), *COSTS]
 
 
-# --------------------------------------------------------------------------------------------------------- diagnostics
+class Cell(NamedTuple):
+    """One line of a table."""
 
+    regime: str
+    setting: str
+    budget: str
+    seeds: int
 
-def gradient(run, rows, weights=None) -> torch.Tensor:
-    """Gradient of the weighted mean loss of dataset `rows` over all trained parameters, flat float32. Dropout is off;
-    no .grad and no random state is touched."""
-    weights = torch.ones(len(rows)) if weights is None else weights.float().cpu()
-    share, total = weights / weights.sum(), 0
-    run.mode(training=False)
-    for items, batch, _ in run.micro_batches(run.train, rows.tolist(), run.args.max_tokens_per_micro_batch):
-        with run.accelerator.autocast():
-            losses = example_losses(run.inner, run.hook, batch)[0]
-        loss = (losses * share[items].to(run.device)).sum()
-        parts = torch.autograd.grad(loss, run.trained, allow_unused=True, materialize_grads=True)
-        total = total + torch.cat([part.flatten().float() for part in parts])
-    return total
-
-
-def matching(run, pool, choice, weights, step, repeats) -> dict:
-    """Signal-to-noise of the pool's gradient and the coreset's matching error, as the file's docstring defines them."""
-    n, k, generator = len(pool), len(choice.index), generator_of(run.args.seed, "diagnostics", step)
-    blocks = next((b for b in range(8, 1, -1) if n % b == 0), 1)
-    parts = torch.stack([gradient(run, pool[b]) for b in torch.randperm(n, generator=generator).chunk(blocks)])
-    whole = parts.mean(0)
-    noise = ((parts - whole).square().sum() / (blocks * (blocks - 1))).item() if blocks > 1 else math.nan
-    norm = whole.norm().item()
-    record = {"step": step, "pool_norm": norm, "noise": noise, "signal": norm**2 - noise}
-    if k == n:
-        return record
-
-    def compare(positions, weights=None) -> list[float]:
-        g = gradient(run, pool[positions], weights)
-        return [(g - whole).norm().item() / norm, torch.cosine_similarity(g, whole, dim=0).item()]
-
-    is_small = torch.isin(run.train.sources[pool], torch.tensor(sorted(run.keep), dtype=torch.long))
-    draws = [torch.randperm(n, generator=generator) for _ in range(repeats)]
-    structured = [draw[is_small[draw].sort(descending=True, stable=True).indices] for draw in draws]
-    record["error"], record["cosine"] = compare(choice.index, weights)
-    for name, orders in {"random": draws, "structure": structured}.items():
-        values = torch.tensor([compare(order[:k]) for order in orders], dtype=torch.float64)
-        record[f"{name}_error"], record[f"{name}_cosine"] = values.mean(0).tolist()
-    return record
+    @property
+    def name(self) -> str:
+        return f"{self.regime} {self.setting} {self.budget}"
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
+@functools.lru_cache(maxsize=2)
+def load_data(path: str) -> dict:
+    """Training rows, their marks and both halves of the held-out rows."""
+    data = torch.load(path, weights_only=True)
+    return data | {part: TokenizedRows(**data[part]) for part in ("train", "tune", "report")}
+
+
 def load_run(spec: dict) -> train_colm.Run:
     args = train_colm.parse_args(spec["argv"])
-    tokenizer = train_colm.load_tokenizer(args)
-    data = torch.load(spec["data"], weights_only=True)
-    train, held_out = (TokenizedRows(**data[part]) for part in ("train", "held_out"))
+    tokenizer, data = load_tokenizer(args), load_data(spec["data"])
+    train = replace(data["train"])
     keep = small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
     if args.keep_sources != ["auto"]:
         keep = {train.names.index(name) for name in args.keep_sources if name != "none"}
@@ -172,133 +121,72 @@ def load_run(spec: dict) -> train_colm.Run:
     if accelerator.num_processes > 1:
         raise UserError("convergence.py runs on one device: start it with python")
     model = train_colm.load_model(args, accelerator, tokenizer)
-    run = train_colm.build_run(args, accelerator, tokenizer, model, train, held_out, keep)
-    optimizer, scheduler = run.optimizer.state_dict(), run.scheduler.state_dict()
-    run.start = {"weights": [p.detach().cpu().clone() for p in run.trained]}
-    run.start |= {"optimizer": optimizer, "scheduler": copy.deepcopy(scheduler)}
+    run = train_colm.build_run(args, accelerator, tokenizer, model, train, data["report"], keep)
     run.memory = {}
     return run
 
 
-IN_A_STEP = {"selection", "probe", "num_directions", "direction", "pool_size", "coreset_size", "output_dir"}
-IN_A_STEP |= {"keep_share", "example_weights"}
-
-
-def restarted(run, spec: dict):
-    """The last run from its start under another selection, if only a step's own flags differ; else None."""
-    args = train_colm.parse_args(spec["argv"])
-    args.packing = run.args.packing if run and args.packing is None else args.packing
-    if run is None or any(vars(run.args)[k] != v for k, v in vars(args).items() if k not in IN_A_STEP):
-        return None
-    run.args, run.memory, run.moments = args, {}, AdamMoments(run.moments.betas)
-    with torch.no_grad():
-        for p, value in zip(run.trained, run.start["weights"], strict=True):
-            p.copy_(value)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.optimizer.load_state_dict(run.start["optimizer"])
-    run.scheduler.load_state_dict(copy.deepcopy(run.start["scheduler"]))
-    return run
-
-
-def held_out_loss(run) -> dict:
-    record = train_colm.evaluate(run)
-    small = small_sources(dict(enumerate(torch.bincount(run.train.sources).tolist())))  # whether kept or not
-    small = [record["eval_loss_of"].get(run.train.names[q]) for q in sorted(small)]
-    small = [loss for loss in small if loss is not None]
-    return record | {"small_sources": statistics.fmean(small) if small else None}
-
-
-def warm_up(run, spec: dict, choose) -> None:
-    """A few steps without an update, so that compiling and choosing kernels are in no one's seconds."""
-    for step in range(spec["warm_steps"]):
-        pool = train_colm.draw_pool(len(run.train), run.args.pool_size, run.args.seed, step)
-        choice = choose(run, pool, step, Clock(run.device))
-        train_colm.train_on(run, getattr(choice, "pool", pool)[choice.index], choice.weight, step)
-        run.optimizer.zero_grad(set_to_none=True)
-    run.memory = {}
+def held_out_losses(run, data: dict) -> dict:
+    """The three losses on each half of the held-out rows."""
+    losses = {}
+    for part in ("tune", "report"):
+        run.held_out = data[part]
+        record = train_colm.evaluate(run)
+        losses[part] = [record[key] for key in MEASURES.values()]
+    return losses
 
 
 def measure(run, spec: dict) -> dict:
-    """The trainer's loop, with records instead of logs and checkpoints."""
-    args = run.args
+    """The trainer's loop until the budget is spent, with records instead of logs and checkpoints."""
+    args, data, choose = run.args, load_data(spec["data"]), train_colm.choose_coreset
     if args.pool_size > len(run.train):
         raise UserError(f"--pool_size {args.pool_size} exceeds the {len(run.train)} training rows: lower it")
-    choose = EXPERIMENTS.get(unweighted(spec["setting"]), train_colm.choose_coreset)
-    warm_up(run, spec, choose)
-    totals = {"seconds": 0.0, "tokens": 0, "completion_tokens": 0, "probe_tokens": 0}
-    result = {name: [] for name in ("eval", "match", "loss", "step_s", "kept", "small", "selected")} | {"peak_gb": 0.0}
-    small = torch.tensor(sorted(run.keep), dtype=torch.long)
-    if spec["eval_every"]:
-        run.start["held_out"] = run.start.get("held_out") or held_out_loss(run)
-        result["eval"].append({"step": 0} | totals | run.start["held_out"])
-    for step in range(args.max_steps):
-        clock, aside = Clock(run.device), 0.0
+    if spec["base"] in SELECTIONS:
+        choose = SELECTIONS[spec["base"]][0]
+    factor_at = run.scheduler.lr_lambdas[0]  # of the learning rate, by the steps done of --max_steps
+    step, spent, tokens, probe_tokens, start = 0, 0.0, 0, 0, time.time()
+    evals = [{"spent": 0.0, "step": 0} | held_out_losses(run, data)] if spec["eval_start"] else []
+    taken: dict[str, list] = {mark: [] for mark in data["marks"]}  # share of marked rows, step by step
+    diverged = False
+    while spent < spec["amount"] and not diverged:
+        for group in run.optimizer.param_groups:
+            group["lr"] = args.learning_rate * factor_at(spent / spec["amount"] * args.max_steps)
         pool = train_colm.draw_pool(len(run.train), args.pool_size, args.seed, step)
-        choice = choose(run, pool, step, clock)
-        pool = getattr(choice, "pool", pool)
-        rows, weights = pool[choice.index], choice.weight
-        clock.mark("select")
-        if spec["match_every"] and step % spec["match_every"] == 0:
-            diagnosis = Clock(run.device)
-            result["match"].append(matching(run, pool, choice, weights, step, spec["random_coresets"]))
-            diagnosis.mark("match")
-            aside = diagnosis.read()["step_s"]
-        loss = train_colm.train_on(run, rows, weights, step)
-        if train_colm.update(run, choice, loss) is None:
-            raise UserError(f"the loss {loss.item()} or its gradient at step {step + 1} is not finite")
-        run.scheduler.step()
-        clock.mark("train")
-        record = clock.read()
-        totals["seconds"] += record["step_s"] - aside
-        totals["tokens"] += sum(map(run.train.length, rows.tolist()))
-        totals["completion_tokens"] += int(run.train.completion_tokens(rows).sum())
-        totals["probe_tokens"] += choice.probe_tokens
-        result["peak_gb"] = max(result["peak_gb"], 0.0 if aside else record["peak_gb"])
-        values = {"loss": loss.item(), "step_s": record["step_s"] - aside, "kept": len(choice.kept)}
-        values |= {"small": int(torch.isin(run.train.sources[rows], small).sum()), "selected": len(rows)}
-        for name, value in values.items():
-            result[name].append(round(value, 6))
-        done = step + 1
-        if spec["eval_every"] and (done % spec["eval_every"] == 0 or done == args.max_steps):
-            result["eval"].append({"step": done} | totals | held_out_loss(run))
-    return result
-
-
-def merge(run, folder: Path) -> None:
-    """The trained model as an ordinary folder: the adapter merged in float32, saved in the base's own precision."""
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    final = train_colm.save_final(run)
-    with train_colm.replacing(folder) as aside:
-        if run.args.lora_r:
-            base = run.accelerator.unwrap_model(run.model).peft_config["default"].base_model_name_or_path
-            own = AutoConfig.from_pretrained(base).dtype or torch.float32
-            base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-            PeftModel.from_pretrained(base, final).merge_and_unload().to(own).save_pretrained(aside)
-        else:
-            run.accelerator.unwrap_model(run.model).save_pretrained(aside)
-        run.tokenizer.save_pretrained(aside)
+        choice = choose(run, pool, step, Clock(run.device))
+        rows = pool[choice.index]
+        loss = train_colm.accumulate_gradients(run, pool, choice, step)
+        diverged = train_colm.update(run, choice, loss) is None
+        step += 1
+        trained = sum(map(run.train.length, rows.tolist()))
+        tokens, probe_tokens = tokens + trained, probe_tokens + choice.probe_tokens
+        before = spent
+        spent += 1 if spec["budget"] == "steps" else trained + spec["price"] * choice.probe_tokens
+        open_to_choice = ~experiments.is_small(run, rows)
+        for mark, shares in taken.items():
+            marked = data["marks"][mark][rows][open_to_choice].float()
+            shares.append(marked.mean().item() if len(marked) else None)
+        part = spec["amount"] / spec["evaluations"]
+        if spent // part > before // part or spent >= spec["amount"]:
+            evals.append({"spent": round(spent, 1), "step": step} | held_out_losses(run, data))
+    result = {"steps": step, "tokens": tokens, "probe_tokens": probe_tokens, "diverged": diverged, "eval": evals}
+    return result | {"taken": taken, "seconds": round(time.time() - start, 1)}
 
 
 def worker() -> None:
     """Run the specs that stdin names, one after another; each leaves its JSON. The first to fail ends the process: it
     may leave a device in no state to go on."""
-    run, code = None, code_digest()
+    run = None
     for spec in map(json.loads, sys.stdin):
         try:
-            if restarted(run, spec) is None:
-                run = None
-                gc.unfreeze()  # build_run froze what the last run holds
-                gc.collect()
-                run = load_run(spec)
+            run = None
+            gc.unfreeze()  # build_run froze what the last run holds
+            gc.collect()
+            run = load_run(spec)
             result = measure(run, spec)
             digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in run.trained))
-            if spec["merge_into"]:
-                merge(run, Path(spec["merge_into"]))
             card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
-            about = {"card": card, "weights": digest.hexdigest()[:16], "code": code}
-            with train_colm.replacing(Path(spec["output"])) as aside:
+            about = {"card": card, "weights": digest.hexdigest()[:16], "code": code_digest()}
+            with replacing(Path(spec["output"])) as aside:
                 aside.write_text(json.dumps(spec | about | result))
         except Exception as error:
             traceback.print_exc()
@@ -307,19 +195,16 @@ def worker() -> None:
     sys.exit(0)
 
 
-# ---------------------------------------------------------------------------------------------------- data and plan
-
-
-def unweighted(setting: str) -> str:
-    return setting.removesuffix("-sqrt").removesuffix("-tokens")
+# ---------------------------------------------------------------------------------------------------------------- data
 
 
 def sha(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
+@functools.cache
 def code_digest() -> str:
-    return sha(*((REPO / name).read_bytes() for name in ("train_colm.py", "colm_core.py")))
+    return sha(*(path.read_bytes() for path in sorted(REPO.glob("*.py"))), Path(experiments.__file__).read_bytes())
 
 
 @functools.cache
@@ -341,56 +226,143 @@ def question(row: dict) -> str:
     return re.sub(r"\W+", "", text) or whole
 
 
-def split(rows: list[dict], held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Row numbers for training and evaluation; no question is in both."""
+def split(rows: list[dict], held_out: int, seed: int) -> dict[str, list[int]]:
+    """Row numbers for training and for both halves of the held-out rows; no question is in two of the parts."""
     questions = sorted({question(row) for row in rows})
-    if not 0 < held_out < len(questions):
-        raise UserError(f"--held_out {held_out} of {len(questions)} questions: give a number between")
-    chosen = set(random.Random(f"held out {seed}").sample(questions, held_out))
-    parts: tuple[list, list] = ([], [])
+    if not 1 < held_out < len(questions):
+        raise UserError(f"--held_out {held_out} of {len(questions)} questions: give 2 or more and leave some")
+    chosen = random.Random(f"held out {seed}").sample(questions, held_out)
+    part_of = dict.fromkeys(chosen[::2], "tune") | dict.fromkeys(chosen[1::2], "report")
+    parts: dict[str, list[int]] = {"train": [], "tune": [], "report": []}
     for i, row in enumerate(rows):
-        parts[question(row) in chosen].append(i)
+        parts[part_of.get(question(row), "train")].append(i)
     return parts
 
 
-def cached_data(own, args, work: Path) -> tuple[Path, dict]:
-    """The tokenised split, made once, and a description of it."""
+def tokenised(own, args, work: Path) -> Path:
+    """The tokenised parts, made once."""
     source = Path(own.train_file).read_bytes() if own.train_file else b"demo"
-    tokenizer = train_colm.load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     how = (len(tokenizer), tokenizer("A 12, b?\n")["input_ids"], args.max_length, args.source_field)
+    how += ((REPO / "colm_data.py").read_bytes(),)
     path = work / f"data-{sha(hashlib.sha256(source).hexdigest(), how, own.held_out, own.split_seed)}.pt"
-    if not path.exists():
-        rows = train_colm.read_rows(own.train_file)[0] if own.train_file else train_colm.demo_rows("train", 10)
-        data, names = {}, []
-        for name, part in zip(("train", "held_out"), split(rows, own.held_out, own.split_seed), strict=True):
-            places = [f"row {i + 1}" for i in part]
-            mine, show = [rows[i] for i in part], sys.stderr.isatty()
-            data[name] = train_colm.tokenize(mine, places, tokenizer, args, names, show)
-            names = data[name].names
-        with train_colm.replacing(path) as aside:
-            torch.save({name: vars(part) for name, part in data.items()}, aside)
-    data = torch.load(path, weights_only=True)
-    about = {"held_out_questions": own.held_out, "split_seed": own.split_seed, "digest": path.stem}
-    return path, about | {f"{name}_rows": len(part["prompts"]) for name, part in data.items()}
+    if path.exists():
+        return path
+    rows = colm_data.read_rows(own.train_file)[0] if own.train_file else colm_data.demo_rows("train", 10)
+    data, names = {}, []
+    for name, part in split(rows, own.held_out, own.split_seed).items():
+        places, mine = [f"row {i + 1}" for i in part], [rows[i] for i in part]
+        data[name] = colm_data.tokenize(mine, places, tokenizer, args, names, sys.stderr.isatty())
+        names = data[name].names
+    with replacing(path) as aside:
+        torch.save({name: vars(part) for name, part in data.items()}, aside)
+    return path
 
 
-def make_spec(own, model, flags, setting, k, seed, steps, data: Path, work: Path, **more) -> dict:
-    """Everything that decides a run's result, and where it goes; the same run always gets the same file."""
-    mine = SETTINGS[setting].split()
-    size = k or int(mine[mine.index("--pool_size") + 1])
-    argv = [*flags, *mine, *f"--coreset_size {size} --seed {seed} --max_steps {steps} --save_every 0".split()]
-    spec = {"kind": "run", "setting": setting, "label": f"{setting}@{k}" if k else setting, "seed": seed}
-    spec |= {"coreset_size": size, "eval_every": own.eval_every, "match_every": own.match_every}
-    spec |= {"random_coresets": own.random_coresets, "warm_steps": own.warm_steps, "merge_into": None} | more
-    source = Path(experiments.__file__).read_text() if unweighted(setting) in EXPERIMENTS else ""
-    spec["digest"] = sha(spec, argv, model_digest(model), data.stem, source)
-    name = f"{spec['kind']}-{spec['label']}-s{seed}-{spec['digest']}"
-    argv += ["--output_dir", str(work / "scratch" / name), *(["--model", model] if model else [])]
-    train_colm.parse_args(argv)  # a bad flag is told now
-    return spec | {"argv": argv, "data": str(data), "output": str(work / f"{name}.json")}
+@functools.lru_cache(maxsize=1)
+def clean_data(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def spoilt(clean: Path, regime: str, dedup: bool, max_length: int) -> Path:
+    """The tokenised parts with training rows under `regime`, and without their near copies if `dedup`; made once."""
+    recipe = sha(clean.stem, regime, dedup, max_length, Path(experiments.__file__).read_bytes())
+    path = clean.with_name(f"data-{regime}{'-dedup' if dedup else ''}-{recipe}.pt")
+    if path.exists():
+        return path
+    data = clean_data(clean)
+    train, marks = experiments.spoil(TokenizedRows(**data["train"]), regime, 0, max_length)
+    if dedup:
+        cache = clean.with_name(f"rows-{sha(train.fingerprint())}.json")  # small enough to carry to another machine
+        if not cache.exists():
+            cache.write_text(json.dumps(experiments.without_near_copies(train)))
+        stays = json.loads(cache.read_text())
+        print(f"{regime}: {len(stays)} of {len(train)} rows are left without near copies", flush=True)
+        train = experiments.joined(train, [train.example(i) for i in stays], train.sources[stays])
+        marks = {name: mark[stays] for name, mark in marks.items()}
+    with replacing(path) as aside:
+        torch.save(data | {"train": vars(train), "marks": marks}, aside)
+    return path
 
 
 # --------------------------------------------------------------------------------------------------------- many runs
+
+
+def parse_setting(setting: str) -> tuple[str, bool, str]:
+    """(name in SETTINGS, are near copies removed?, flags of train_colm.py)."""
+    base, dedup, flags = setting.removeprefix("dedup+"), setting.startswith("dedup+"), ""
+    for power in ("sqrt", "tokens"):
+        if base.endswith(f"-{power}"):
+            base, flags = base.removesuffix(f"-{power}"), f" --example_weights {power}"
+    if base not in SETTINGS:
+        raise UserError(f"--cells: the setting {setting} is unknown: choose from {', '.join(SETTINGS)}")
+    return base, dedup, SETTINGS[base] + flags
+
+
+def parse_cells(texts: list[str]) -> list[Cell]:
+    cells = []
+    for text in texts:
+        fields = text.split(":")
+        if len(fields) != 4 or not fields[3].isdecimal() or fields[3] == "0":
+            raise UserError(f"--cells {text} is not REGIMES:SETTINGS:BUDGETS:SEEDS, such as clean:random:cost:3")
+        regimes, settings, budgets = (field.split(",") for field in fields[:3])
+        for regime in regimes:
+            if unknown := set(regime.split("+")) - set(REGIMES):
+                raise UserError(f"--cells: the regime {unknown.pop()} is unknown: choose from {', '.join(REGIMES)}")
+        for budget in budgets:
+            if budget not in BUDGETS:
+                raise UserError(f"--cells: the budget {budget} is unknown: choose from {', '.join(BUDGETS)}")
+        for setting in settings:
+            parse_setting(setting)
+        cells += [Cell(r, s, b, int(fields[3])) for r in regimes for s in settings for b in budgets]
+    return list({cell.name: cell for cell in cells}.values())
+
+
+def make_spec(own, flags: list[str], cell: Cell, rate: float, seed: int, clean: Path) -> dict:
+    """Everything that decides a run's result, and where it goes; the same run always gets the same file."""
+    base, dedup, more = parse_setting(cell.setting)
+    argv = [*flags, *more.split(), *f"--learning_rate {rate} --seed {seed} --max_steps {own.steps}".split()]
+    model = ["--model", own.model] if own.model else []
+    argv += ["--save_every", "0", *model]
+    args = train_colm.parse_args(argv)  # a bad flag is told now
+    data = spoilt(clean, cell.regime, dedup, args.max_length)
+    spec = {"cell": cell.name, "regime": cell.regime, "setting": cell.setting, "budget": cell.budget}
+    spec |= {"rate": rate, "seed": seed, "base": base, "price": own.price, "evaluations": own.evaluations}
+    spec |= {"eval_start": own.eval_start, "amount": own.steps}
+    if cell.budget == "cost":  # the same for all regimes and settings: tokens of so many clean rows
+        sizes = clean_data(clean)["train"]
+        coreset = train_colm.parse_args([*flags, *model]).coreset_size
+        spec["amount"] = own.steps * coreset * sizes["offsets"][-1] / (len(sizes["offsets"]) - 1)
+    name = f"{cell.name.replace(' ', '-')}-{rate}-s{seed}-{sha(spec, argv, model_digest(own.model), data.stem)}"
+    work = clean.parent
+    argv += ["--output_dir", str(work / "scratch" / name)]
+    return spec | {"argv": argv, "data": str(data), "output": str(work / f"{name}.json")}
+
+
+def final(run: dict, part: str) -> list[float]:
+    """The three losses at the end of a run."""
+    return [float("inf")] * 3 if run["diverged"] else run["eval"][-1][part]
+
+
+def best_rate(runs: list[dict], cell: str) -> float:
+    """The rate of the cell's first seed with the smallest sum of losses on the half that is not reported."""
+    mine = [run for run in runs if run["cell"] == cell and run["seed"] == 1]
+    return min(mine, key=lambda run: sum(final(run, "tune")))["rate"]
+
+
+def next_of(cells: list[Cell], rates: list[float], done: list[dict], begun: set):
+    """(cell, rate, seed) of the next run; None if all have begun that can. Further seeds wait for the best rate."""
+    for cell in cells:
+        tried = [run for run in done if run["cell"] == cell.name and run["seed"] == 1]
+        choices = [(rate, 1) for rate in rates]
+        if {run["rate"] for run in tried} >= set(rates):
+            best = best_rate(tried, cell.name)
+            choices += [(best, seed) for seed in range(2, cell.seeds + 1)]
+        for rate, seed in choices:
+            if (cell.name, rate, seed) not in begun:
+                begun.add((cell.name, rate, seed))
+                return cell, rate, seed
+    return None
 
 
 def visible_devices() -> list[str]:
@@ -409,11 +381,18 @@ def start_worker(device: str, jobs: int, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env, text=True)
 
 
-def run_all(specs: list[dict], jobs: int, deadline: float) -> list[str]:
-    """Run the specs whose results are missing, in `jobs` processes over all devices; returns what failed."""
-    waiting = [spec for spec in specs if not Path(spec["output"]).exists()]
-    workers, devices, problems = {}, visible_devices(), []  # process: its device, log, spec and when that began
-    print(f"{len(waiting)} runs to do", flush=True)
+def run_all(cells: list[Cell], own, spec_of, done: list[dict], save, deadline: float) -> list[str]:
+    """Run what the cells lack, in --jobs processes over all devices, adding to `done`; returns what failed."""
+    begun = {(run["cell"], run["rate"], run["seed"]) for run in done}
+    workers, idle, devices, problems = {}, [], visible_devices(), []  # process: its device, log, spec and start
+
+    def next_spec() -> dict | None:
+        while time.time() < deadline and (item := next_of(cells, own.learning_rates, done, begun)):
+            spec = spec_of(*item)
+            if not Path(spec["output"]).exists():
+                return spec
+            done.append(compact(json.loads(Path(spec["output"]).read_text())))
+        return None
 
     def hand(process, device, log, spec) -> None:
         with contextlib.suppress(BrokenPipeError):  # a process that has ended is noticed below
@@ -421,198 +400,161 @@ def run_all(specs: list[dict], jobs: int, deadline: float) -> list[str]:
             process.stdin.flush()
         workers[process] = (device, log, spec, time.time())
 
+    def close(process) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()  # it has nothing more to do
+        process.wait()
+
     try:
-        while workers or (waiting and time.time() < deadline):
-            while waiting and len(workers) < jobs and time.time() < deadline:
+        while True:
+            while len(workers) < own.jobs and (spec := next_spec()):
+                if idle:
+                    hand(*idle.pop(), spec)
+                    continue
                 used = [device for device, *_ in workers.values()]
-                device, spec = min(devices, key=used.count), waiting.pop(0)
+                device = min(devices, key=used.count)
                 log = Path(spec["output"]).with_suffix(".log")
-                hand(start_worker(device, jobs, log), device, log, spec)
+                hand(start_worker(device, own.jobs, log), device, log, spec)
+            if not workers:
+                break
             time.sleep(0.1)
             for process, (device, log, spec, start) in [*workers.items()]:
                 ended, good = process.poll() is not None, Path(spec["output"]).exists()
                 if not (ended or good):
                     continue
-                name = f"{spec['label']} seed {spec['seed']}"
+                del workers[process]
+                name = f"{spec['cell']} {spec['rate']} seed {spec['seed']}"
                 print(f"{name}: {'done' if good else 'FAILED'}, {time.time() - start:.0f} s", flush=True)
-                if not good:
+                if good:
+                    done.append(compact(json.loads(Path(spec["output"]).read_text())))
+                    save()
+                else:
                     last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
                     problems.append(f"{name}: exit code {process.returncode}, {last} (see {log})")
-                if good and not ended and waiting and time.time() < deadline:
-                    hand(process, device, log, waiting.pop(0))
+                if ended:
+                    close(process)
                 else:
-                    with contextlib.suppress(BrokenPipeError):
-                        process.stdin.close()  # it has nothing more to do
-                    process.wait()
-                    del workers[process]
+                    idle.append((process, device, log))
     finally:
+        for process, *_ in idle:
+            close(process)
         for process in workers:
             process.terminate()
             process.wait()
-    return problems + [f"{s['label']} seed {s['seed']}: not started before --stop_after" for s in waiting]
-
-
-def read_runs(specs: list[dict]) -> list[dict]:
-    return [json.loads(Path(s["output"]).read_text()) for s in specs if Path(s["output"]).exists()]
+    late = sum(1 for _ in iter(lambda: next_of(cells, own.learning_rates, done, begun), None))
+    return problems + ([f"{late} or more runs were not started before --stop_after"] if late else [])
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def at(run: dict, key: str, axis: str, where: float) -> float | None:
-    """The curve `key` at `where` on `axis` (step or seconds), linear between evaluations."""
-    points = [(r[axis], r[key]) for r in run["eval"] if r.get(key) is not None]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x0 <= where <= x1:
-            return y0 + (y1 - y0) * (where - x0) / (x1 - x0 or 1)
-    return points[-1][1] if points and where >= points[-1][0] else None
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
-def spread(values: list[float | None], digits=3) -> str:
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+def chosen_runs(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs at the best rate, by cell."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(run["cell"], []).append(run)
+    return {cell: [r for r in group if r["rate"] == best_rate(group, cell)] for cell, group in groups.items()}
 
 
-def markdown(title: str, header: list[str], rows: list[list]) -> str:
+def loss_table(title: str, groups: list[list[dict]]) -> str:
+    """All three losses of each setting, least sum first."""
+    header = ["setting", "rate", "seeds", "steps", "M tokens trained", "probed", *MEASURES]
     lines = [f"**{title}**\n", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
-
-
-def mean(values: list[float | None], digits: int) -> str:
-    values = [v for v in values if v is not None]
-    return f"{statistics.fmean(values):.{digits}f}" if values else "-"
-
-
-def loss_table(groups: dict[str, list[dict]], axis: str, where: float, sort: list[str], timed: bool) -> str:
-    """Loss of every setting at one step or second, and which share it closes of the gap between full batches; by the
-    sum of the measures `sort`, best first. The costs stand in the table at equal steps."""
-    shown = COSTS if axis == "step" else ["step"]
-    costs = {key: COSTS[key] for key in shown if timed or key != "seconds"}
-    values = {label: {k: [at(r, k, axis, where) for r in runs] for k in COLUMNS} for label, runs in groups.items()}
-    full = sorted((label for label in groups if re.fullmatch(r"full-\d+", label)), key=lambda label: int(label[5:]))
-    gaps = {}
-    for key in MEASURES.values() if len(full) > 1 else ():
-        low, high = values[full[0]][key], values[full[-1]][key]
-        if None not in low + high:
-            noise = math.hypot(*(statistics.stdev(x) for x in (low, high))) if min(len(low), len(high)) > 1 else 0
-            gaps[key] = (statistics.fmean(low), statistics.fmean(low) - statistics.fmean(high), noise)
-    first = [run["eval"][0] for runs in groups.values() for run in runs]
-    before = [spread([r[key] for r in first]) for key in MEASURES.values()]
-    extra = ["small rows", "peak GB"] if axis == "step" else []
-    empty = [""] * (len(costs) + len(extra))
-    rows = [["before training", "", *before, *empty]]
-
-    def rank(item):
-        return sum(math.inf if None in item[1][key] else statistics.fmean(item[1][key]) for key in sort)
-
-    for label, of in sorted(values.items(), key=rank):
-        cells = [spread(of[key]) for key in MEASURES.values()]
-        for i, key in enumerate(MEASURES.values()):
-            start, gap, noise = gaps.get(key, (0, 0, 0))
-            if gap > 2 * noise and cells[i] != "-":
-                cells[i] += f" ({(start - statistics.fmean(of[key])) / gap:.0%})"
-        cost = [mean([v and v / scale for v in of[key]], digits) for key, (_, scale, digits) in costs.items()]
-        small = [statistics.fmean(run["small"]) for run in groups[label] if run.get("small")]
-        more = [mean(small, 1), f"{max(run['peak_gb'] for run in groups[label]):.1f}"]
-        rows.append([label, len(groups[label]), *cells, *cost, *more[: len(extra)]])
-    if gaps:
-        cells = [gaps.get(key) for key in MEASURES.values()]
-        cells = [f"{c[1]:.3f}" + (f" ± {c[2]:.3f}" if c[2] else "") if c else "-" for c in cells]
-        rows.append([f"gap {full[0]} to {full[-1]}", "", *cells, *empty])
-    header = ["setting", "seeds", *MEASURES, *(name for name, *_ in costs.values()), *extra]
-    title = f"Held-out loss after {where:.1f} seconds" if axis == "seconds" else f"Held-out loss after {where} steps"
-    return markdown(f"{title} (share of the gap closed, where it exceeds twice the spread)", header, rows)
-
-
-def match_table(groups: dict[str, list[dict]]) -> str:
     rows = []
-    for label, runs in groups.items():
-        records = [record for run in runs for record in run["match"]]
-        if not records:
-            continue
-        names = ("error", "random_error", "structure_error", "cosine", "random_cosine", "structure_cosine")
-        means = [[r[name] for r in records if name in r] for name in names]
-        noise = sum(r["noise"] for r in records)
-        cells = [f"{statistics.fmean(values):.3f}" if values else "-" for values in means]
-        rows.append([label, len(records), *cells, f"{sum(r['signal'] for r in records) / noise:.2f}" if noise else "-"])
-    header = ["setting", "pools", "matching error", "random", "same structure", "cosine", "random", "same structure"]
-    return markdown("Gradients of coreset and pool", [*header, "signal-to-noise"], rows) if rows else ""
+    for runs in groups:
+        losses = list(zip(*(final(run, "report") for run in runs), strict=True))  # [3][seeds]
+        means = [statistics.fmean(run[key] for run in runs) for key in ("steps", "tokens", "probe_tokens")]
+        cells = [runs[0]["setting"], f"{runs[0]['rate']:g}", str(len(runs)), f"{means[0]:.0f}"]
+        cells += [f"{means[1] / 1e6:.2f}", f"{means[2] / 1e6:.2f}", *map(spread, losses)]
+        rows.append((sum(map(statistics.fmean, losses)), cells))
+    lines += ["| " + " | ".join(cells) + " |" for _, cells in sorted(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def eighths(shares: list[float | None]) -> list[float | None]:
+    """Means over eight parts of a run."""
+    parts = [shares[len(shares) * i // 8 : len(shares) * (i + 1) // 8] for i in range(8)]
+    parts = [[share for share in part if share is not None] for part in parts]
+    return [round(statistics.fmean(part), 4) if part else None for part in parts]
+
+
+def mark_table(title: str, mark: str, groups: list[list[dict]]) -> str:
+    """How many marked rows each setting takes of those that are not kept, by eighths of the run."""
+    header = ["setting", *(f"{i}/8" for i in range(1, 9))]
+    lines = [f"**{title}**\n", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for runs in groups:
+        columns = zip(*(run["taken"][mark] for run in runs), strict=True)
+        means = ["-" if None in column else f"{statistics.fmean(column):.2f}" for column in columns]
+        lines.append(f"| {runs[0]['setting']} | " + " | ".join(means) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tables(runs: list[dict]) -> str:
+    parts, groups = [], [*chosen_runs(runs).values()]
+    for regime, budget in dict.fromkeys((g[0]["regime"], g[0]["budget"]) for g in groups):
+        mine = [g for g in groups if (g[0]["regime"], g[0]["budget"]) == (regime, budget)]
+        parts.append(loss_table(f"{regime}, equal {budget}", mine))
+        for mark in mine[0][0]["taken"]:
+            parts.append(mark_table(f"{regime}, equal {budget}: share of {mark} among rows not kept", mark, mine))
+    return "\n".join(parts)
 
 
 def compact(run: dict) -> dict:
     """What tables and figures need of a run; --work keeps all of it."""
-    shown = ("label", "seed", "coreset_size", "card", "code", "weights", "peak_gb", "eval", "match")
-    small = [statistics.fmean(run["small"])] if run["small"] else []
-    text = json.dumps({key: run[key] for key in shown} | {"small": small})
-    return json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
-
-
-def tables(runs: list[dict], axes=("step", "seconds"), sort=()) -> str:
-    groups: dict[str, list[dict]] = {}
-    for run in runs:
-        groups.setdefault(run["label"], []).append(run)
-    end = min if "step" in axes else max  # after --seconds T every run ends less than a step before T
-    ends = {axis: end(run["eval"][-1][axis] for run in runs) for axis in axes}
-    parts = [loss_table(groups, axis, end, sort, "seconds" in axes) for axis, end in ends.items()]
-    return "\n".join(filter(None, [*parts, match_table(groups)]))
+    shown = (
+        "cell",
+        "regime",
+        "setting",
+        "budget",
+        "rate",
+        "seed",
+        "amount",
+        "price",
+        "steps",
+        "tokens",
+        "probe_tokens",
+    )
+    small = {key: run[key] for key in (*shown, "diverged", "seconds", "card", "code", "weights", "eval")}
+    small["taken"] = {mark: eighths(shares) for mark, shares in run["taken"].items()}
+    return json.loads(json.dumps(small), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def cells_of(own) -> dict[str, tuple]:
-    """Label: (setting, coreset size, or None where the setting has it)."""
-    sizes = {name: [None] if name.startswith("full-") else own.coreset_sizes for name in own.settings}
-    return {f"{name}@{k}" if k else name: (name, k) for name in own.settings for k in sizes[name]}
-
-
-def read_times(own) -> dict:
-    """The JSON that --times names, if it has a step time of every setting."""
-    try:
-        whole = json.loads(Path(own.times).read_text())
-        times = {key: whole[key] for key in ("step_s_alone", "timed_on", "code")}
-        missing = [label for label in cells_of(own) if label not in times["step_s_alone"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--times {own.times} ({problem}): give a JSON of this script that has step times") from None
-    if missing:
-        raise UserError(f"--times {own.times} lacks {', '.join(missing)}: time them, or leave them out")
-    return times
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = train_colm.Parser("convergence.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("convergence.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="folder or hub id; without it the trainer's tiny random model")
     add("--train_file", help="rows to train and evaluate on; without it the trainer's generated mixture")
-    basic = ", ".join(name for name in SETTINGS if unweighted(name) == name not in EXPERIMENTS)
-    add("--settings", nargs="+", metavar="NAME", default=["full-64", "full-128", "random", "random_keep"])
+    add("--cells", nargs="+", metavar="REGIMES:SETTINGS:BUDGETS:SEEDS", default=["clean:full-64,random_keep:cost:1"])
     parser.epilog = (
-        f"settings: {basic}, those of experiments.py, such as norms, keep+sumnorms, and all with -sqrt or -tokens"
+        f"regimes: {', '.join(REGIMES)}, joined by +. settings: {', '.join(SETTINGS)}; all with -sqrt or -tokens "
+        f"behind, with dedup+ before. budgets: {', '.join(BUDGETS)}"
     )
-    add("--coreset_sizes", nargs="+", type=int, default=[64])
-    add("--seeds", nargs="*", type=int, default=[0], help="none: time steps alone")
-    add("--steps", type=int, default=240)
-    add("--seconds", type=float, help="instead of --steps: as many steps as each setting makes in this time, alone")
+    add("--learning_rates", nargs="+", type=float, default=[1e-3, 2e-3, 3e-3])
+    add("--steps", type=int, default=240, help="the budget in steps, or in the tokens of so many random coresets")
+    add("--price", type=float, default=0.42, help="cost of a probed token, of a trained one's")
     add("--held_out", type=int, default=200, help="questions kept for evaluation")
     add("--split_seed", type=int, default=0)
-    add("--eval_every", type=int, default=40)
-    add("--match_every", type=int, default=0, help="steps between matching errors, 0: none")
-    add("--random_coresets", type=int, default=4, help="R, random coresets that a matching error is compared with")
-    add("--prepare", type=int, default=0, help=f"first fine-tune the model for so many steps of {PREPARE}")
-    add("--prepare_lr", type=float, default=1e-3)
+    add("--evaluations", type=int, default=3, help="per run, evenly over the budget")
+    add("--eval_start", action="store_true", help="evaluate before training, too")
     add("--jobs", type=int, default=1, help="runs at once; each holds a model of its own in memory")
-    add("--time_steps", type=int, default=12, help="steps in each of the 3 rounds that time settings alone")
-    add("--time_flags", default="", help='flags of train_colm.py for that timing alone, such as "--compile"')
-    add("--times", help="JSON of an earlier command, whose step times to take: weights do not change them")
-    add("--warm_steps", type=int, default=3, help="steps before a run that only warm it up")
-    add("--stop_after", type=float, default=math.inf, help="start no run after so many seconds")
+    add("--stop_after", type=float, default=float("inf"), help="start no run after so many seconds")
     add("--work", default="colm_output/convergence", help="folder of finished runs and tokenised rows")
+    add(
+        "--known",
+        nargs="*",
+        default=[],
+        metavar="JSON",
+        help="outputs of earlier commands, whose runs are not repeated",
+    )
     add("--output", default="convergence.json")
-    add("--sort", nargs="+", choices=MEASURES.values(), default=[], help="sort tables by the sum of these measures")
     add("--show", nargs="+", metavar="JSON", help="only print the tables of finished commands, in one")
     return parser
 
@@ -622,85 +564,40 @@ def main(argv: list[str]) -> int:
         worker()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs do not outlive this process
     own, flags = build_parser().parse_known_args(argv)
-    for name in ("steps", "eval_every", "jobs", "random_coresets"):
-        if getattr(own, name) < 1:
-            raise UserError(f"--{name} {getattr(own, name)} is out of range: give 1 or more")
     if own.show:
-        results = [json.loads(Path(path).read_text()) for path in own.show]
-        axes = set.intersection(*(set(result["axes"]) for result in results))
-        runs = [run for result in results for run in result["runs"]]
-        print(tables(runs, sorted(axes, reverse=True), own.sort) if runs else "no runs")
+        runs = [run for path in own.show for run in json.loads(Path(path).read_text())["runs"]]
+        print(tables(runs) if runs else "no runs")
         return 0
-    for name in own.settings:
-        if name not in SETTINGS:
-            raise UserError(f"--settings {name} is unknown: --help tells which there are")
+    for name in ("steps", "jobs", "evaluations", "price"):
+        if getattr(own, name) <= 0:
+            raise UserError(f"--{name} {getattr(own, name)} is out of range: give a positive number")
     for name in TAKEN.intersection(flags):
         raise UserError(f"{name} is not for train_colm.py here: see --help for the flags that settle it")
-    if not own.seeds and (own.times or not own.time_steps):
-        raise UserError("--seeds without a number times the settings: leave out --times, and --time_steps 0")
-    times = read_times(own) if own.times else None
-    work, deadline = Path(own.work), time.time() + own.stop_after
+    cells, work, deadline = parse_cells(own.cells), Path(own.work), time.time() + own.stop_after
+    args = train_colm.parse_args([*flags, *(["--model", own.model] if own.model else [])])
     work.mkdir(parents=True, exist_ok=True)
-    model = own.model
-    args = train_colm.parse_args([*flags, "--coreset_size", "1", *(["--model", model] if model else [])])
-    data, about_data = cached_data(own, args, work)
-    print(f"{about_data['train_rows']} rows to train on, {about_data['held_out_rows']} held out", flush=True)
-    build = functools.partial(make_spec, own, data=data, work=work)
+    clean = tokenised(own, args, work)
 
-    preparation = None
-    if own.prepare:
-        more = {"kind": "prepare", "match_every": 0, "random_coresets": 0, "eval_every": max(1, own.prepare // 4)}
-        faster = [*flags, "--learning_rate", str(own.prepare_lr)]
-        spec = build(model, faster, PREPARE, None, 1000, own.prepare, **more)
-        model = spec["merge_into"] = str(work / f"prepared-{spec['digest']}")
-        if not Path(model).exists():
-            Path(spec["output"]).unlink(missing_ok=True)
-        if problems := run_all([spec], 1, deadline):
-            raise UserError(f"preparation failed: {problems[0]}")
-        preparation = compact(read_runs([spec])[0])
-        print(f"prepared {model}: held-out loss {preparation['eval'][-1]['eval_loss']:.3f}", flush=True)
+    def spec_of(cell: Cell, rate: float, seed: int) -> dict:
+        return make_spec(own, flags, cell, rate, seed, clean)
 
-    cells, step_s, timed_on, code, problems = cells_of(own), {}, [], set(), []
-    if times:
-        step_s, timed_on, code = times["step_s_alone"], times["timed_on"], {*times["code"]}
-    elif own.time_steps and (own.jobs > 1 or own.seconds or not own.seeds):
-        more = {"kind": "time", "eval_every": 0, "match_every": 0}
-        fast = functools.partial(build, model, [*flags, *own.time_flags.split()], seed=0, steps=own.time_steps, **more)
-        rounds = range(TIME_ROUNDS)  # of all settings in turn, for a host's own speed drifts
-        timed = [fast(setting=name, k=k, round=i) for i in rounds for name, k in cells.values()]
-        problems += run_all(timed, 1, deadline)
-        for run in read_runs(timed):
-            step_s.setdefault(run["label"], []).extend(run["step_s"])
-        step_s = {label: sorted(seconds)[len(seconds) // 4] for label, seconds in step_s.items()}
-        timed_on = sorted({run["card"] for run in read_runs(timed)})
-        code = {run["code"] for run in read_runs(timed)}
-    specs = []
-    for seed in own.seeds:
-        for label, (name, k) in cells.items():
-            steps = own.steps
-            if own.seconds and label not in step_s:
-                continue
-            steps = max(1, int(own.seconds / step_s[label])) if own.seconds else own.steps
-            specs.append(build(model, flags, name, k, seed, steps))
-    problems += run_all(specs, own.jobs, deadline)
-    runs = read_runs(specs)
-    for run in runs:
-        for record in run["eval"] if run["label"] in step_s else ():
-            record |= {"seconds_in_run": record["seconds"], "seconds": record["step"] * step_s[run["label"]]}
-    result = {"command": ["convergence.py", *argv], "versions": {name: version(name) for name in PACKAGES}}
-    result |= {"data": about_data, "card": sorted({run["card"] for run in runs}), "jobs": own.jobs}
-    result |= {"settings": {name: SETTINGS[name] for name in own.settings}, "preparation": preparation}
-    result |= {"code": sorted(code | {run["code"] for run in runs}), "step_s_alone": step_s, "timed_on": timed_on}
-    result["problems"] = problems
-    result["axes"] = ["step"] * (not own.seconds) + ["seconds"] * (own.jobs == 1 or bool(step_s))
-    result["tables"] = tables(runs, result["axes"], own.sort) if runs else ""
-    with train_colm.replacing(Path(own.output)) as aside:
-        aside.write_text(json.dumps(result | {"runs": [compact(run) for run in runs]}))
-    for label, seconds in step_s.items():
-        print(f"{label:<28} {seconds * 1e3:>8.1f} ms a step, alone on {', '.join(timed_on)}")
-    print(f"\n{result['tables']}\n{', '.join(result['card'])}, {result['versions']}: {own.output}")
-    if len(result["code"]) > 1:
-        problems.append("these runs were made by different versions of train_colm.py or colm_core.py")
+    known = [run for path in own.known for run in json.loads(Path(path).read_text())["runs"]]
+    done = [run for run in known if run["cell"] in {cell.name for cell in cells}]
+    problems: list[str] = []
+
+    def save() -> dict:
+        result = {"command": ["convergence.py", *argv], "versions": {name: version(name) for name in PACKAGES}}
+        result |= {"data": clean.stem, "card": sorted({run["card"] for run in done}), "jobs": own.jobs}
+        result |= {"settings": {cell.setting: parse_setting(cell.setting)[2] for cell in cells}, "problems": problems}
+        with replacing(Path(own.output)) as aside:
+            aside.write_text(json.dumps(result | {"runs": done}))
+        return result
+
+    problems += run_all(cells, own, spec_of, done, save, deadline)
+    result = save()
+    print(f"\n{tables(done) if done else 'no runs'}\n{', '.join(result['card'])}, {result['versions']}")
+    if len({run["code"] for run in done}) > 1:
+        problems.append("these runs were made by different versions of the code")
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     return 1 if problems else 0

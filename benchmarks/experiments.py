@@ -1,348 +1,339 @@
-"""Selections to try out in benchmarks/convergence.py without touching the trainer.
+"""What benchmarks/convergence.py varies beside the trainer's own flags: the training data, and how a coreset is chosen.
 
-EXPERIMENTS maps a setting's name to function(run, pool, step, clock) -> train_colm.Choice, called in place of
-train_colm.choose_coreset. The weights of the choice are trained with; `run.memory` is a dict for what a selection keeps
-between steps. A name is [structure+]score, such as norms, keep+sumnorms, half+longest:
-
-* SCORES say how much a row is wanted, from its exact gradient of the last V projection (--probe grad, the price of a
-  forward pass), from its loss (the same price) or from its length (nothing).
-* STRUCTURES say how the small sources fare when the rows with the largest scores are taken.
-
-JOINT selections weigh rows against each other instead; [keep+] keeps the small sources whole.
+* REGIMES spoil tokenised training rows in a known way, so that it is known which rows a good choice would leave out.
+* without_near_copies removes copies before training, which costs no probe: the first rival of every coreset.
+* SELECTIONS are choices that the trainer does not have. Each is a function (run, pool, step, clock) -> Choice called in
+  place of train_colm.choose_coreset; `run.memory` is a dict for what it keeps between steps.
 """
 
 from __future__ import annotations
 
-import math
+import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_colm  # noqa: E402
-from colm_core import allocate_budget, example_losses  # noqa: E402
+from colm_batches import micro_batch_losses  # noqa: E402
+from colm_core import select_coreset  # noqa: E402
+from colm_data import Example, TokenizedRows  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------- regimes
+
+COPIED, ORIGINALS = 0.6, 500  # this share of the rows becomes copies of so many
+CHANGED = {"copies": 0.0, "near_copies": 0.15, "far_copies": 0.5}  # share of a copied question's tokens that change
+SWAPPED = 0.3  # share of a source's answers that go to another question
+FEW = 3000  # rows: 240 pools of 128 pass over them ten times
+REGIMES = ("clean", *CHANGED, "noise", "few")
 
 
-@dataclass
-class Candidates:
-    """What a selection may pick from at one step."""
+def spoil(data: TokenizedRows, regime: str, seed: int, max_length: int) -> tuple[TokenizedRows, dict[str, Tensor]]:
+    """Training rows under `regime`, whose parts, as in copies+noise, act one after another; and marks [rows] of which
+    rows are copies, or were copied ("copies"), and which have another question's answer ("noise").
 
-    run: train_colm.Run
-    rows: Tensor  # [n] of the data set
-    step: int = 0
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.run.train.completion_tokens(self.rows)
-
-    @property
-    def sources(self) -> Tensor:
-        return self.run.train.sources[self.rows]
-
-    @property
-    def small(self) -> Tensor:
-        return torch.isin(self.sources, torch.tensor(sorted(self.run.keep), dtype=torch.long))
-
-    def random(self, purpose: str) -> Tensor:
-        generator = train_colm.generator_of(self.run.args.seed, purpose, self.step)
-        return torch.rand(len(self.rows), generator=generator)
+    Every row keeps its source, so that the mixture and its small sources stay as they are.
+    """
+    rows = [data.example(i) for i in range(len(data))]
+    sources, marks = data.sources, {}
+    for part in regime.split("+"):
+        rng = random.Random(f"{part} {seed}")
+        if part in CHANGED:
+            marks["copies"] = copy_rows(rows, sources, rng, CHANGED[part])
+        elif part == "noise":
+            marks["noise"] = swap_answers(rows, sources, rng, max_length)
+        elif part == "few":
+            chosen = rng.sample(range(len(rows)), min(FEW, len(rows)))
+            rows, sources = [rows[i] for i in chosen], sources[chosen]
+            marks = {name: mark[chosen] for name, mark in marks.items()}
+    return joined(data, rows, sources), marks
 
 
-# ------------------------------------------------------------------------------------------ gradients [n, D] and losses
+def joined(data: TokenizedRows, rows: list[Example], sources: Tensor) -> TokenizedRows:
+    """`rows` end to end, with the names of `data`."""
+    offsets = [0]
+    for example in rows:
+        offsets.append(offsets[-1] + len(example.ids))
+    ids = torch.cat([example.ids for example in rows])
+    supervised = torch.cat([example.supervised for example in rows])
+    numbers = torch.arange(len(rows))
+    return replace(data, ids=ids, supervised=supervised, offsets=offsets, sources=sources, numbers=numbers)
 
 
-def last_v_gradients(c: Candidates) -> Tensor:
-    """Exact gradients of the last V projection, at the price of a forward pass."""
-    gradients, order = train_colm.probe_pool(c.run, c.rows, c.step)
-    return torch.cat([part for _, part in gradients.chunks(c.run.device)])[order.argsort().to(c.run.device)]
+def prompt_tokens(example: Example) -> int:
+    """Tokens before the first supervised one."""
+    return int(example.supervised.int().argmax())
 
 
-def lora_gradients(c: Candidates) -> Tensor:
-    """Exact gradients of all LoRA weights: a forward and backward pass and n x D numbers, for oracles only."""
-    run, modules = c.run, [m for name, m in c.run.inner.named_modules() if ".lora_A." in name or ".lora_B." in name]
-    modules = [m for m in modules if isinstance(m, torch.nn.Linear)]
-    inputs, deltas, parts, order = {}, {}, [], []
-
-    def tape(module, args, output):
-        inputs[module] = args[0].detach()
-        output.register_hook(lambda delta: deltas.update({module: delta}))
-
-    handles = [m.register_forward_hook(tape) for m in modules]
-    run.mode(training=False)
-    for items, batch, _ in run.micro_batches(run.train, c.rows.tolist(), run.args.max_tokens_per_micro_batch):
-        with run.accelerator.autocast():
-            losses = example_losses(run.inner, run.hook, batch)[0]
-        torch.autograd.grad(losses.sum(), run.trained)
-        pairs = ((batch.per_example(deltas[m]).float(), batch.per_example(inputs[m]).float()) for m in modules)
-        parts.append(torch.cat([torch.einsum("blo,bli->boi", *pair).flatten(1) for pair in pairs], 1))
-        order += items
-    for handle in handles:
-        handle.remove()
-    return torch.cat(parts)[torch.tensor(order).argsort().to(run.device)]
-
-
-@torch.no_grad()
-def mean_losses(c: Candidates) -> Tensor:
-    """Mean token loss of each row, [n], by a plain forward pass."""
-    run, parts, order = c.run, [], []
-    run.mode(training=False)
-    for items, batch, _ in run.micro_batches(run.train, c.rows.tolist(), train_colm.probe_budget(run.args)):
-        with run.accelerator.autocast():
-            parts.append(example_losses(run.inner, run.hook, batch)[0])
-        order += items
-    return torch.cat(parts).cpu()[torch.tensor(order).argsort()]
+def copy_rows(rows: list[Example], sources: Tensor, rng: random.Random, changed: float) -> Tensor:
+    """Replace a share of the rows by copies of a few rows of the same source. Of each copy's question, `changed` of the
+    tokens become random tokens of the data. Returns which rows are now copies or originals, [rows] bool."""
+    originals = rng.sample(range(len(rows)), min(ORIGINALS, len(rows) // 10))
+    of_source: dict[int, list[int]] = {}
+    for i in originals:
+        of_source.setdefault(int(sources[i]), []).append(i)
+    others = sorted(set(range(len(rows))) - set(originals))
+    head, tail = template(rows)
+    words = torch.cat([example.ids for example in rows])
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    copied = torch.zeros(len(rows), dtype=torch.bool)
+    copied[originals] = True
+    for i in rng.sample(others, round(COPIED * len(rows))):
+        candidates = of_source.get(int(sources[i]))
+        if not candidates:  # no original is of this source
+            continue
+        original = rows[rng.choice(candidates)]
+        ids = original.ids
+        if changed:
+            ids = ids.clone()
+            question = ids[head : prompt_tokens(original) - tail]  # a view: writing to it changes ids
+            hit = torch.rand(len(question), generator=generator) < changed
+            question[hit] = words[torch.randint(len(words), (int(hit.sum()),), generator=generator)]
+        rows[i] = Example(ids, original.supervised)
+        copied[i] = True
+    return copied
 
 
-def adam_gradients(c: Candidates) -> Tensor:
-    """Gradients of the last V projection in Adam's metric: divided by what Adam divides its step by, once it has."""
-    g, module = last_v_gradients(c), c.run.probe.module
-    weight = next((p for name, p in module.named_parameters() if "lora_B" in name), module.weight)
-    if not (state := c.run.optimizer.state.get(weight)):
-        return g
-    beta, eps = c.run.optimizer.defaults["betas"][1], c.run.optimizer.defaults["eps"]
-    v = state["exp_avg_sq"][c.run.probe.rows.to(weight.device)].flatten().float()
-    return g / ((v / (1 - beta ** float(state["step"]))).sqrt() + eps)
+def template(rows: list[Example]) -> tuple[int, int]:
+    """Tokens that prompts begin and end with: those of the prompt's template, not of a question."""
+    prompts = [example.ids[: prompt_tokens(example)].tolist() for example in rows[:300]]
+    first = [tuple(tokens[:4]) for tokens in prompts]
+    usual = max(first, key=first.count)  # a prompt that was shortened from the left lacks the template
+    prompts = [tokens for tokens, beginning in zip(prompts, first, strict=True) if beginning == usual]
+    shortest = min(map(len, prompts))
+
+    def common(sequences: list[list[int]]) -> int:
+        for i in range(shortest):
+            if len({tokens[i] for tokens in sequences}) > 1:
+                return i
+        return shortest
+
+    head = common(prompts)
+    return head, min(common([tokens[::-1] for tokens in prompts]), shortest - head)
 
 
-# ---------------------------------------------------------------------------------------------------------- scores [n]
+def swap_answers(rows: list[Example], sources: Tensor, rng: random.Random, max_length: int) -> Tensor:
+    """Within each source, pass the answers of a random share of its rows round. Returns which rows, [rows] bool."""
+    swapped = torch.zeros(len(rows), dtype=torch.bool)
+    for q in sources.unique().tolist():
+        mine = (sources == q).nonzero()[:, 0].tolist()
+        chosen = rng.sample(mine, round(SWAPPED * len(mine)))
+        before = [rows[i] for i in chosen]
+        for i, own, other in zip(chosen, before, before[1:] + before[:1], strict=True):
+            prompt, answer = prompt_tokens(own), slice(prompt_tokens(other), None)
+            cut = max(0, prompt + len(other.ids[answer]) - max_length)  # long prompts are shortened from the left
+            ids = torch.cat([own.ids[cut:prompt], other.ids[answer]])
+            rows[i] = Example(ids, torch.cat([own.supervised[cut:prompt], other.supervised[answer]]))
+            swapped[i] = True
+    return swapped
 
 
-def norms(c):
-    """Norm of the gradient of the mean token loss."""
-    return last_v_gradients(c).norm(dim=1).cpu()
+# ------------------------------------------------------------------------------------------- removing copies beforehand
+
+HASHES, BAND = 128, 4  # MinHash values of a row; as many as a band has must agree before two rows are compared
 
 
-def sum_norms(c):
-    """Norm of the gradient of the summed token loss: a row's part in the loss per token."""
-    return norms(c) * c.tokens
+def shingles(data: TokenizedRows, n: int) -> tuple[numpy.ndarray, list[int]]:
+    """Hashes of the n-grams of tokens of every row, without the prompt's template, and where each row begins."""
+    rows = [data.example(i) for i in range(len(data))]
+    head, tail = template(rows)
+    parts = []
+    for example in rows:
+        ids, prompt = example.ids, prompt_tokens(example)
+        parts += [ids[min(head, prompt - tail) : prompt - tail], ids[prompt:], ids.new_zeros(n - 1)]
+    starts, begin = [], 0
+    for question, answer, gap in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        starts.append(begin)
+        begin += len(question) + len(answer) + len(gap)
+    ids = torch.cat(parts).numpy().astype(numpy.uint64)
+    grams = ids
+    for shift in range(1, n):  # a polynomial hash modulo 2^64; the gap keeps rows apart
+        grams = grams * numpy.uint64(1_000_003) + numpy.roll(ids, -shift)
+    return grams, starts
 
 
-def sqrt_norms(c):
-    """In between. If tokens were noise alone, the norm of their mean would fall with the root of their number."""
-    return norms(c) * c.tokens.sqrt()
+def minhash(data: TokenizedRows, n: int, seed: int = 0) -> numpy.ndarray:
+    """[rows, HASHES]: the share of equal values in two rows estimates the Jaccard similarity of their n-grams."""
+    grams, starts = shingles(data, n)
+    rng, columns = numpy.random.default_rng(seed), []
+    for key in rng.integers(1, 1 << 62, HASHES, dtype=numpy.uint64):
+        # SplitMix64's mixing steps: a plain multiplication leaves the order in the n-grams, and the estimate too high
+        mixed = grams + key
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)  # modulo 2^64
+        columns.append(numpy.minimum.reduceat((mixed >> numpy.uint64(32)).astype(numpy.uint32), starts))
+    return numpy.stack(columns, 1)
 
 
-def adam_norms(c):
-    return adam_gradients(c).norm(dim=1).cpu()
+def without_near_copies(data: TokenizedRows, threshold: float = 0.5, n: int = 2) -> list[int]:
+    """Rows to train on: each row is dropped whose n-grams of tokens resemble those of a row before it that stays.
 
-
-def sum_losses(c):
-    return mean_losses(c) * c.tokens
-
-
-def token_counts(c):
-    """The longest completions, without a probe: what is gained by training on more tokens alone."""
-    return c.tokens
-
-
-def at_random(c):
-    return c.random("at random")
-
-
-def finite_mean(g):
-    return g[g.isfinite().all(1)].mean(0)
-
-
-def agree(c):
-    """Inner product with the mean gradient of the other rows: the signal in a row, without its own noise."""
-    g = last_v_gradients(c)
-    return (g @ finite_mean(g) - g.square().sum(1) / len(g)).cpu()
-
-
-def trend(c, decay=0.9):
-    """Inner product with a fading mean of earlier pools' gradients: all probed rows tell the signal, not the chosen."""
-    g = last_v_gradients(c)
-    mean, old = finite_mean(g), c.run.memory.get("trend")
-    if mean.isfinite().all():
-        c.run.memory["trend"] = mean if old is None else decay * old + (1 - decay) * mean
-    return (g @ (mean if old is None else old)).cpu()
-
-
-# ------------------------------------------------- structures: from candidates, score [n] and k to rows and weights [k]
-
-
-def largest(c, score, k):
-    """The k largest scores."""
-    return score.argsort(descending=True, stable=True)[:k], torch.ones(k)
-
-
-def largest_of(groups, budgets, score):
-    """The largest of each group, as many as its budget."""
-    order = score.argsort(descending=True, stable=True)
-    rows = torch.cat([order[groups[order] == q][:budget] for q, budget in enumerate(budgets)])
-    return rows, torch.ones(len(rows))
-
-
-def by_source(c, score, k):
-    """Within each source, in proportion to the pool: the mixture stays as it is."""
-    groups = c.sources.unique(return_inverse=True)[1]
-    return largest_of(groups, allocate_budget(torch.bincount(groups), k).tolist(), score)
-
-
-def half_way(c, score, k):
-    """Small sources get as many rows as halfway between their share of the pool and all of it."""
-    small = int(c.small.sum())
-    mine = max(round((k * small / len(score) + small) / 2), k - (len(score) - small))
-    return largest_of(c.small.long(), [k - min(mine, k), min(mine, k)], score)
-
-
-def boost(c, score, k, factor=1.5):
-    """One ranking, in which the small sources' scores count `factor` times."""
-    score = score - score.min().clamp(max=0)
-    return largest(c, torch.where(c.small, factor * score, score), k)
-
-
-def trim(c, score, k, share=0.05):
-    """The largest after the very largest, which may be outliers."""
-    order = score.argsort(descending=True, stable=True)
-    return order.roll(-math.ceil(share * len(order)))[:k], torch.ones(k)
-
-
-# ---------------------------------------------------------------- joint picks: from candidates, g [n, D] and k likewise
-
-
-def herding(c, g, k, target=None):
-    """Greedily, k rows whose mean stays close to `target` [D], by default the mean of all."""
-    g, target = g.double(), g.double().mean(0) if target is None else target.double()
-    gram, to_target = (g @ g.T).cpu(), (g @ target).cpu()
-    taken, of_chosen, rows = torch.zeros(len(g), dtype=torch.bool), torch.zeros(len(g)).double(), []
-    for t in range(1, k + 1):  # the row that brings the sum of the chosen closest to t * target
-        gain = t * to_target - of_chosen - gram.diagonal() / 2
-        rows.append(int(gain.masked_fill(taken, -math.inf).argmax()))
-        taken[rows[-1]] = True
-        of_chosen += gram[rows[-1]]
-    return torch.tensor(rows, dtype=torch.long), torch.ones(k)
-
-
-def omp(c, g, k):
-    """Non-negative orthogonal matching pursuit of the sum of all rows (Lawson-Hanson's algorithm, ended at k rows)."""
-    gram = torch.cat([g.double() @ part.double().T for part in g.split(16)], 1).cpu()
-    to_target, weights, support = gram.sum(1), torch.zeros(len(g)).double(), torch.zeros(len(g), dtype=torch.bool)
-    ridge = 1e-9 * gram.diagonal().mean()
-    for _ in range(3 * k):
-        slope = (to_target - gram @ weights).masked_fill(support, 0)
-        if support.sum() == k or slope.max() <= 1e-9 * to_target.abs().max():
-            break
-        support[slope.argmax()] = True
-        while True:
-            s, fit = support.nonzero()[:, 0], torch.zeros_like(weights)
-            fit[s] = torch.linalg.solve(gram[s][:, s] + ridge * torch.eye(len(s)).double(), to_target[s])
-            if (fit[s] > 0).all():
-                break
-            negative = support & (fit <= 0)  # walk towards the fit until the first weight reaches 0
-            share = weights / (weights - fit).clamp_min(1e-300)
-            first = share.masked_fill(~negative, math.inf).argmin()
-            weights = weights + share[first] * (fit - weights)
-            weights[first], support[first] = 0, False
-        weights = fit
-    return support.nonzero()[:, 0], weights[support]
-
-
-def error_feedback(c, g, k, decay=0.9):
-    """Herding towards the mean gradient plus what earlier coresets left out, which fades with `decay`."""
-    target = g.mean(0) + c.run.memory.get("residual", 0)
-    rows, weights = herding(c, g, k, target)
-    c.run.memory["residual"] = decay * (target - g[rows.to(g.device)].mean(0))
-    return rows, weights
+    `threshold` is of the estimated Jaccard similarity. Rows are compared when a band of their MinHash values agrees.
+    """
+    values = minhash(data, n)
+    bands = [values[:, i : i + BAND] for i in range(0, HASHES, BAND)]
+    keys = [[row.tobytes() for row in numpy.ascontiguousarray(band)] for band in bands]
+    buckets: list[dict] = [{} for _ in bands]
+    kept = []
+    for i in range(len(values)):
+        mine = [bucket.setdefault(key[i], []) for bucket, key in zip(buckets, keys, strict=True)]
+        near = sorted({j for bucket in mine for j in bucket})
+        if near and (values[near] == values[i]).mean(1).max() >= threshold:
+            continue
+        kept.append(i)
+        for bucket in mine:
+            if len(bucket) < 50:  # a template's bucket would hold thousands; the first rows stand for it
+                bucket.append(i)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------- selections
 
-FREE = (token_counts, at_random)  # need no pass of the model
+
+def chosen(run, pool: Tensor, index: Tensor, probed: Tensor | None = None) -> train_colm.Choice:
+    """The choice of pool positions `index` [K], weighted by --example_weights; the rows `probed` had a pass."""
+    tokens = 0 if probed is None else sum(map(run.train.length, probed.tolist()))
+    return replace(train_colm.uniform_choice(run, pool, index.cpu(), is_small(run, pool)), probe_tokens=tokens)
 
 
-def selection(signal, pick=largest, keep=False):
-    """choose(run, pool, step, clock): what `pick` makes of `signal`, after the small sources if they are kept; weights
-    relative to a kept row's 1, times those of --example_weights."""
+def is_small(run, rows: Tensor) -> Tensor:
+    """Which rows are of small sources, [n] bool."""
+    return torch.isin(run.train.sources[rows], torch.tensor(sorted(run.keep), dtype=torch.long))
 
-    def choose(run, pool, step, clock) -> train_colm.Choice:
-        k, whole = min(run.args.coreset_size, len(pool)), Candidates(run, pool, step)
-        is_kept = whole.small & keep
-        kept, others = is_kept.nonzero()[:, 0], (~is_kept).nonzero()[:, 0]
-        if len(kept) >= k:  # draws from the kept rows, without a probe
-            return train_colm.choose_coreset(run, pool, step, clock)
-        c = replace(whole, rows=pool[others])
-        signals = signal(c)
-        tokens = 0
-        if signal not in FREE:
-            clock.mark("probe")
-            tokens = sum(map(run.train.length, c.rows.tolist()))
-        finite = signals.reshape(len(signals), -1).isfinite().all(1).nonzero()[:, 0]
-        c.rows, room = c.rows[finite.cpu()], min(k - len(kept), len(finite))
-        rows, weights = pick(c, signals[finite], room) if room else (finite, torch.ones(0))
-        index = torch.cat([kept, others[finite.cpu()[rows.cpu()]]])
-        weights = torch.cat([torch.ones(len(kept)), weights.float().cpu()])
-        if not len(index):  # no probe is finite: the loss will tell whether training can go on
-            index, weights = whole.random("no probe").argsort()[:k], torch.ones(k)
-        weights = weights * train_colm.token_weights(run, pool[index])
-        return train_colm.Choice(index, weights, kept, tokens, len(others) - len(finite))
+
+def shuffled(run, n: int, step: int) -> Tensor:
+    return torch.randperm(n, generator=train_colm.generator_of(run.args.seed, "shuffled", step))
+
+
+def first_of(order: Tensor, *wanted: Tensor) -> Tensor:
+    """`order`, with positions where the first of the masks `wanted` holds before all others, and so on."""
+    for mask in reversed(wanted):
+        order = order[mask[order].sort(descending=True, stable=True).indices]
+    return order
+
+
+@torch.no_grad()
+def mean_losses(run, rows: Tensor) -> Tensor:
+    """Mean token loss of each row, [n], by a plain forward pass."""
+    losses = torch.zeros(len(rows))
+    run.set_training(False)
+    for positions, batch, _ in run.micro_batches(run.train, rows, train_colm.probe_budget(run.args)):
+        with run.accelerator.autocast():
+            values = micro_batch_losses(run.inner, run.labelled_logits, batch)[0]
+        losses[positions] = values[: len(positions)].float().cpu()
+    return losses
+
+
+def largest_losses(run, pool, step, clock):
+    """The rows with the largest mean loss."""
+    order = mean_losses(run, pool).argsort(descending=True, stable=True)
+    return chosen(run, pool, order[: run.args.coreset_size], pool)
+
+
+def unlearnt(run, pool, step, clock, share=1 / 3):
+    """Small sources whole and a random draw, from which the third of the other rows with the smallest loss is left out:
+    what is left of medoids if they only pass over rows that teach nothing."""
+    small = is_small(run, pool)
+    others = (~small).nonzero()[:, 0]
+    lowest = others[mean_losses(run, pool[others]).argsort()[: round(share * len(others))]]
+    teaches = torch.ones(len(pool), dtype=torch.bool)
+    teaches[lowest] = False
+    order = first_of(shuffled(run, len(pool), step), small, teaches)
+    return chosen(run, pool, order[: run.args.coreset_size], pool[others])
+
+
+def alternate(run, pool, step, clock):
+    """The trainer's medoids at every other step, small sources whole and a random draw at the others."""
+    if step % 2 == 0:
+        return train_colm.choose_coreset(run, pool, step, clock)
+    order = first_of(shuffled(run, len(pool), step), is_small(run, pool))
+    return chosen(run, pool, order[: run.args.coreset_size])
+
+
+def last_v_gradients(run, rows: Tensor, step: int) -> Tensor:
+    """Exact gradients of the last V projection, [n, D]."""
+    return train_colm.probe_pool(run, rows, torch.ones(len(rows), dtype=torch.bool), step).values
+
+
+def tf_idf(run, rows: Tensor) -> Tensor:
+    """Bags of a row's tokens, rare ones weighing more, of norm 1: [n, vocabulary]."""
+    data, memory = run.train, run.memory
+    if "idf" not in memory:
+        pairs = [data.ids[a:b].unique() for a, b in pairwise(data.offsets)]
+        count = torch.bincount(torch.cat(pairs), minlength=len(run.tokenizer))
+        memory["idf"] = (len(data) / count.clamp(min=1)).log()
+    bags = torch.zeros(len(rows), len(memory["idf"]))
+    for bag, row in zip(bags, rows.tolist(), strict=True):
+        ids = data.example(row).ids.long()
+        bag.index_add_(0, ids, torch.ones(len(ids)))
+    return torch.nn.functional.normalize((bags * memory["idf"]).to(run.device), dim=1)
+
+
+def medoids_of(features):
+    """The trainer's selection on other features: small sources whole, medoids of the others."""
+
+    def choose(run, pool, step, clock):
+        small = is_small(run, pool)
+        others = pool[~small]
+        x = features(run, others, step)
+        whole = x.new_zeros(len(pool), x.shape[1])
+        whole[(~small).to(x.device)] = x
+        args = run.args
+        coreset = select_coreset(
+            whole, run.train.sources[pool], args.coreset_size, run.keep, x.shape[1], args.similarity
+        )
+        return chosen(run, pool, coreset.index, None if features is bags_of else others)
 
     return choose
 
 
-@dataclass
-class WiderChoice(train_colm.Choice):
-    pool: Tensor | None = None  # [N + ...] rows of the data set that `index` points into
+def bags_of(run, rows, step):
+    return tf_idf(run, rows)
 
 
-def leftover(keep=False, decay=0.9):
-    """The largest norms, among what earlier pools left out too: at the norms of then, which fade, and at no cost."""
-
-    def choose(run, pool, step, clock) -> WiderChoice:
-        k, n = min(run.args.coreset_size, len(pool)), len(pool)
-        old, old_norms = run.memory.get("left", (pool[:0], torch.zeros(0)))
-        fresh = ~torch.isin(old, pool)
-        c = Candidates(run, torch.cat([pool, old[fresh]]), step)
-        is_kept = c.small & keep
-        probed = (~is_kept[:n]).nonzero()[:, 0]
-        score = torch.cat([torch.full((n,), math.inf), decay * old_norms[fresh]])
-        if len(probed):
-            score[probed] = norms(replace(c, rows=pool[probed])).nan_to_num(-1, -1)
-        clock.mark("probe")
-        order = score.argsort(descending=True, stable=True)  # kept ones first
-        run.memory["left"] = c.rows[order[k : k + n]], score[order[k : k + n]]
-        tokens = sum(map(run.train.length, pool[probed].tolist()))
-        weights = train_colm.token_weights(run, c.rows[order[:k]])
-        return WiderChoice(order[:k], weights, is_kept.nonzero()[:, 0], tokens, pool=c.rows)
-
-    return choose
+RECENT = 4096  # rows: the last 64 coresets
 
 
-SCORES = {
-    "norms": norms,
-    "sumnorms": sum_norms,
-    "sqrtnorms": sqrt_norms,
-    "adam+norms": adam_norms,
-    "sumloss": sum_losses,
-    "longest": token_counts,
-    "random": at_random,
-    "agree": agree,
-    "trend": trend,
+def likeness(run, rows: Tensor) -> Tensor:
+    """Largest cosine of each row's bag of tokens with one of the last RECENT rows taken, [n]; and remember the bags."""
+    run.memory["bags"] = bags = tf_idf(run, rows).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+    taken = run.memory.get("taken")
+    return torch.zeros(len(rows)) if taken is None else (bags @ taken.T).amax(1).float().cpu()
+
+
+def remember(run, choice):
+    bags, taken = run.memory.pop("bags")[choice.index.to(run.device)], run.memory.get("taken")
+    run.memory["taken"] = bags if taken is None else torch.cat([taken, bags])[-RECENT:]
+    return choice
+
+
+def least_like(run, pool, step, clock):
+    """The rows least like those taken lately; no pass of the model."""
+    order = likeness(run, pool).argsort(stable=True)
+    return remember(run, chosen(run, pool, order[: run.args.coreset_size]))
+
+
+def fresh(run, pool, step, clock, threshold=0.8):
+    """Small sources whole and a random draw, but rows that resemble one taken lately come last; no probe."""
+    is_fresh = likeness(run, pool) < threshold
+    order = first_of(shuffled(run, len(pool), step), is_fresh, is_small(run, pool))
+    return remember(run, chosen(run, pool, order[: run.args.coreset_size]))
+
+
+GRAD = "--selection colm --probe grad"
+KEEP = "--selection random_keep"
+SELECTIONS = {  # name: (function, flags of train_colm.py that it goes by)
+    "losses": (largest_losses, KEEP),
+    "unlearnt": (unlearnt, KEEP),
+    "alternate": (alternate, GRAD),
+    "plain-l1": (medoids_of(last_v_gradients), GRAD),
+    "plain-cosine": (medoids_of(last_v_gradients), GRAD + " --similarity cosine"),
+    "tfidf-medoids": (medoids_of(bags_of), GRAD + " --similarity cosine"),
+    "least_like": (least_like, KEEP),
+    "fresh": (fresh, KEEP),
 }
-STRUCTURES = {  # name: (pick, are small sources kept whole?)
-    "": (largest, False),
-    "keep+": (largest, True),
-    "half+": (half_way, False),
-    "boost+": (boost, False),
-    "strat+": (by_source, False),
-    "trim+": (trim, False),
-}
-KEEP = (False, True)
-JOINT = {
-    "omp": (last_v_gradients, omp),
-    "adam+omp": (adam_gradients, omp),
-    "herding": (last_v_gradients, herding),
-    "feedback": (last_v_gradients, error_feedback),
-    "oracle": (lora_gradients, omp),
-}
-EXPERIMENTS = {
-    structure + score: selection(signal, pick, keep)
-    for structure, (pick, keep) in STRUCTURES.items()
-    for score, signal in SCORES.items()
-}
-del EXPERIMENTS["random"]  # is the trainer's own
-EXPERIMENTS |= {"keep+" * keep + name: selection(*parts, keep) for name, parts in JOINT.items() for keep in KEEP}
-EXPERIMENTS |= {"keep+" * keep + "leftover": leftover(keep) for keep in KEEP}

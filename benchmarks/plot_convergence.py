@@ -1,9 +1,9 @@
-"""Figures from the JSON of benchmarks/convergence.py: loss against steps and seconds, matching error against steps.
+"""Figures from the JSON of benchmarks/convergence.py: loss against cost in each regime, and which rows were taken.
 
-    python benchmarks/plot_convergence.py convergence.json --measure eval_loss_source_mean
+    python benchmarks/plot_convergence.py regime_map.json --budget cost --settings full-64-sqrt colm-grad-sqrt
 
-writes convergence-steps.png, convergence-seconds.png and convergence-matching.png beside the JSON, as far as it has
-what they show. Lines are means over seeds, bands one standard deviation to either side.
+writes regime_map-cost.png, a panel for each regime and loss, and regime_map-cost-taken.png, a panel for each mark,
+beside the JSON. Lines are means over the seeds of the best rate, bars one standard deviation to either side.
 """
 
 from __future__ import annotations
@@ -14,51 +14,76 @@ import statistics
 import sys
 from pathlib import Path
 
-MEASURES = {
-    "eval_loss_source_mean": "held-out loss, mean over sources",
-    "eval_loss_per_token": "held-out loss per token",
-    "eval_loss": "held-out loss per example",
-    "small_sources": "held-out loss of small sources",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from convergence import MEASURES, chosen_runs  # noqa: E402
+
+AXES = {"cost": ("M tokens trained + price x M tokens probed", 1e6), "steps": ("steps", 1)}
 
 
-def curve(records: list[list[dict]], x: str, y: str) -> tuple[list[float], list[float], list[float]]:
-    """Mean x, mean y and standard deviation of y over the seeds, at each point that all of them have."""
-    points = [[(r[x], r[y]) for r in one if r.get(y) is not None] for one in records]
-    columns = list(zip(*points, strict=False))
-    xs = [statistics.fmean(p[0] for p in column) for column in columns]
-    ys = [statistics.fmean(p[1] for p in column) for column in columns]
-    return xs, ys, [statistics.stdev([p[1] for p in c]) if len(c) > 1 else 0.0 for c in columns]
+def summary(columns: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each column, over the runs."""
+    means = [statistics.fmean(column) for column in columns]
+    deviations = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    return means, deviations
 
 
-def draw(plt, runs: dict[str, list[dict]], part: str, x: str, lines: list[tuple], labels: tuple[str, str], path: Path):
-    """One figure, if there is anything to draw. `lines` are (key, style, a legend entry of its own or None)."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (label, group) in enumerate(runs.items()):
-        for key, style, what in lines:
-            xs, ys, sd = curve([run[part] for run in group], x, key)
-            if xs:
-                look = {"color": f"C{i % 10}", "lw": 1.5 if i < 10 else 3}
-                axes.plot(xs, ys, style, label=None if what else label, **look)
-                low, high = [y - s for y, s in zip(ys, sd, strict=True)], [y + s for y, s in zip(ys, sd, strict=True)]
-                axes.fill_between(xs, low, high, color=look["color"], alpha=0 if what else 0.12, lw=0)
-    if axes.lines:
-        for _, style, what in lines:
-            axes.plot([], [], style, color="grey", label=what)
-        axes.set(xlabel=labels[0], ylabel=labels[1])
-        axes.grid(alpha=0.3)
-        figure.legend(fontsize=8, loc="outside right upper")
-        figure.savefig(path, dpi=150)
-        print(path)
+def draw_losses(plt, groups: list[list[dict]], budget: str, path: Path) -> None:
+    regimes = list(dict.fromkeys(group[0]["regime"] for group in groups))
+    settings = list(dict.fromkeys(group[0]["setting"] for group in groups))
+    label, scale = AXES[budget]
+    size = (3.3 * len(regimes) + 0.5, 2.7 * len(MEASURES) + 0.6)
+    figure, axes = plt.subplots(len(MEASURES), len(regimes), figsize=size, squeeze=False, layout="constrained")
+    for group in groups:
+        setting, column = group[0]["setting"], regimes.index(group[0]["regime"])
+        evals = list(zip(*(run["eval"] for run in group), strict=False))  # [evaluations][seeds]
+        xs = [statistics.fmean(record["spent"] for record in seeds) / scale for seeds in evals]
+        for row, measure in enumerate(MEASURES):
+            ys, deviations = summary([[record["report"][row] for record in seeds] for seeds in evals])
+            number = settings.index(setting)
+            look = {"color": f"C{number % 10}", "marker": "os^Dv"[number % 5], "ms": 3.5, "lw": 1.2, "capsize": 2}
+            axes[row][column].errorbar(xs, ys, deviations, label=setting, **look)
+            axes[row][column].set(title=f"{regimes[column]}: {measure}", xlabel=label if row == 2 else "")
+            axes[row][column].title.set_size(9)
+            axes[row][column].xaxis.label.set_size(8)
+            axes[row][column].grid(alpha=0.3)
+    handles = {}
+    for axis in axes.flat:
+        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    save(plt, figure, path)
+
+
+def draw_taken(plt, groups: list[list[dict]], path: Path) -> None:
+    panels = list(dict.fromkeys((group[0]["regime"], mark) for group in groups for mark in group[0]["taken"]))
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), squeeze=False, layout="constrained")
+    for (regime, mark), axis in zip(panels, axes[0], strict=True):
+        for group in groups:
+            if group[0]["regime"] != regime:
+                continue
+            shares = list(zip(*(run["taken"][mark] for run in group), strict=True))  # [8][seeds]
+            if not any(None in seeds for seeds in shares):
+                axis.plot(range(1, 9), summary(shares)[0], marker="o", ms=3, label=group[0]["setting"])
+        axis.set(title=f"{regime}: share of {mark} among rows not kept", xlabel="eighth of the run")
+        axis.title.set_size(9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    save(plt, figure, path)
+
+
+def save(plt, figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+    print(path)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--measure", choices=MEASURES, default="eval_loss_source_mean")
-    parser.add_argument("--labels", nargs="+", help="draw these alone, such as full-64 random@64")
-    parser.add_argument("--from_start", action="store_true", help="draw the loss before training, too")
+    parser.add_argument("--budget", choices=AXES, default="cost")
+    parser.add_argument("--settings", nargs="+", help="draw these alone, in this order")
+    parser.add_argument("--regimes", nargs="+", help="draw these alone, in this order")
     args = parser.parse_args(argv)
     try:
         import matplotlib
@@ -67,20 +92,19 @@ def main(argv: list[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    result = json.loads(args.results.read_text())
-    known = list(dict.fromkeys(run["label"] for run in result["runs"]))
-    if unknown := [label for label in args.labels or () if label not in known]:
-        sys.exit(f"error: --labels {' '.join(unknown)} is not in the file, which has {', '.join(known)}")
-    for run in result["runs"]:
-        run["eval"] = run["eval"][int(not args.from_start) :]
-    runs = {label: [run for run in result["runs"] if run["label"] == label] for label in args.labels or known}
+    groups = [*chosen_runs(json.loads(args.results.read_text())["runs"]).values()]
+    groups = [group for group in groups if group[0]["budget"] == args.budget]
+    for key, wanted in {"setting": args.settings, "regime": args.regimes}.items():
+        if not wanted:
+            continue
+        known = {group[0][key] for group in groups}
+        if unknown := [name for name in wanted if name not in known]:
+            sys.exit(f"error: --{key}s {' '.join(unknown)} is not in the file, which has {', '.join(sorted(known))}")
+        groups = [group for name in wanted for group in groups if group[0][key] == name]
     stem = args.results.with_suffix("")
-    axes = {"step": "steps", "seconds": f"seconds of training ({', '.join(result['timed_on'] or result['card'])})"}
-    for x in result["axes"]:
-        path = Path(f"{stem}-{'steps' if x == 'step' else x}.png")
-        draw(plt, runs, "eval", x, [(args.measure, "-", None)], (axes[x], MEASURES[args.measure]), path)
-    lines = [("error", "-", None), ("structure_error", ":", "random coresets of\nthe same structure")]
-    draw(plt, runs, "match", "step", lines, ("steps", "matching error"), Path(f"{stem}-matching.png"))
+    if groups:
+        draw_losses(plt, groups, args.budget, Path(f"{stem}-{args.budget}.png"))
+        draw_taken(plt, groups, Path(f"{stem}-{args.budget}-taken.png"))
 
 
 if __name__ == "__main__":

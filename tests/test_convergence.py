@@ -1,13 +1,12 @@
-"""benchmarks/convergence.py: the split, the diagnostics, the selections to try out, and whole commands at tiny size."""
+"""benchmarks/convergence.py: the split, the regimes, the selections to try out, and whole commands at tiny size."""
 
 import contextlib
 import io
-import itertools
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,332 +18,314 @@ os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subpr
 import convergence  # noqa: E402
 import experiments  # noqa: E402
 import plot_convergence  # noqa: E402
-from experiments import JOINT, SCORES, STRUCTURES, Candidates  # noqa: E402
+from convergence import Cell  # noqa: E402
 
 import train_colm  # noqa: E402
+from colm_data import UserError  # noqa: E402
 
-FLAGS = "--pool_size 16 --lora_r 4 --lora_alpha 8 --learning_rate 1e-2 --max_tokens_per_micro_batch 400"
+FLAGS = "--pool_size 16 --coreset_size 12 --lora_r 4 --lora_alpha 8 --max_tokens_per_micro_batch 400 --held_out 40"
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    convergence.SETTINGS["full-16"] = "--selection full --pool_size 16"
+    convergence.SETTINGS["full-16"] = "--selection full --pool_size 16 --coreset_size 16"
     return tmp_path_factory.mktemp("work")
 
 
 @pytest.fixture(scope="module")
 def build(work):
-    """build(setting, steps, flags): the spec of a run at tiny size."""
-    own, flags = convergence.build_parser().parse_known_args([*FLAGS.split(), "--held_out", "40"])
-    own.eval_every, own.warm_steps, own.random_coresets = 2, 1, 2
-    data, about = convergence.cached_data(own, train_colm.parse_args([*flags, "--coreset_size", "1"]), work)
-    assert about["train_rows"] + about["held_out_rows"] == 1500
+    """build(setting, regime, budget, steps): the spec of a run at tiny size."""
 
-    def build(setting, steps=3, extra=(), **more):
-        k = None if setting.startswith("full") else 12
-        return convergence.make_spec(own, None, [*flags, *extra], setting, k, 0, steps, data, work, **more)
+    def build(setting, regime="clean", budget="steps", steps=3, seed=1, extra=()):
+        command = [*FLAGS.split(), "--steps", str(steps), "--eval_start", *extra]
+        own, flags = convergence.build_parser().parse_known_args(command)
+        clean = convergence.tokenised(own, train_colm.parse_args(flags), work)
+        return convergence.make_spec(own, flags, Cell(regime, setting, budget, 1), 1e-2, seed, clean)
 
     return build
 
 
-def test_no_question_is_in_both_parts():
+@pytest.fixture(scope="module")
+def clean_rows(build):
+    """The training rows as they are."""
+    return convergence.load_data(build("random")["data"])["train"]
+
+
+def test_no_question_is_in_two_parts():
     suffixes = ["", " Let's write a Python program to solve it.", " Please write a program.", "\nOptions: (A) 2, (B) 3"]
     rows = [{"instruction": f"What is {i} + {i}?{suffix}"} for i in range(50) for suffix in suffixes]
     rows += [{"prompt": "What is 1+1?"}, {"instruction": "Let's program."}, {"instruction": "Options: a or b?"}]
     rows += [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
-    train, held_out = convergence.split(rows, 10, 3)
-    assert sorted(train + held_out) == list(range(len(rows)))
-    asked = [{convergence.question(rows[i]) for i in part} for part in (train, held_out)]
-    assert not asked[0] & asked[1] and len(asked[1]) == 10 and "" not in asked[0] | asked[1]
-    assert len(asked[0] | asked[1]) == 50 + 3
-    assert convergence.split(rows, 10, 3) == (train, held_out) != convergence.split(rows, 10, 4)
+    parts = convergence.split(rows, 10, 3)
+    assert sorted(i for part in parts.values() for i in part) == list(range(len(rows)))
+    asked = {name: {convergence.question(rows[i]) for i in part} for name, part in parts.items()}
+    assert {name: len(questions) for name, questions in asked.items()} == {"train": 43, "tune": 5, "report": 5}
+    assert len(set.union(*asked.values())) == 50 + 3 and "" not in set.union(*asked.values())
+    assert convergence.split(rows, 10, 3) == parts != convergence.split(rows, 10, 4)
 
 
-def test_gradient_matching_error_and_noise(build):
-    """Against per-example gradients, and against what random coresets should show on average."""
-    run = convergence.load_run(build("random_keep"))
-    pool = train_colm.draw_pool(len(run.train), 16, 0, 0)
-    for p in run.trained:
-        torch.nn.init.normal_(p, std=0.1)
-    each = torch.stack([convergence.gradient(run, pool[i : i + 1]) for i in range(16)]).double()
-    weights = torch.tensor([1.0, 2.0, 5.0])
-    weighted = convergence.gradient(run, pool[[3, 1, 9]], weights).double()
-    torch.testing.assert_close(weighted, weights.double() @ each[[3, 1, 9]] / 8, rtol=1e-4, atol=1e-5)
-
-    choice = train_colm.choose_coreset(run, pool, 0, train_colm.Clock(run.device))
-    got = convergence.matching(run, pool, choice, choice.weight, 0, repeats=20)
-    mean = each.mean(0)
-    error = (each[choice.index].mean(0) - mean).norm() / mean.norm()
-    assert got["error"] == pytest.approx(error.item(), rel=1e-4)
-    assert got["pool_norm"] == pytest.approx(mean.norm().item(), rel=1e-4)
-    assert got["signal"] + got["noise"] == pytest.approx(got["pool_norm"] ** 2)
-    exact = (each - mean).square().sum() / (16 * 15)  # the variance of the mean from single examples
-    distance = [
-        (each[list(c)].mean(0) - mean).norm()
-        for c in itertools.islice(itertools.combinations(range(16), 12), 0, None, 7)
-    ]
-    assert got["random_error"] == pytest.approx((sum(distance) / len(distance) / mean.norm()).item(), rel=0.05)
-    assert torch.stack(distance).square().mean() == pytest.approx((exact * (16 / 12 - 1)).item(), rel=0.05)
-    whole = train_colm.Choice(torch.arange(16), torch.ones(16), choice.kept)
-    blocks = [convergence.matching(run, pool, whole, whole.weight, step, 1)["noise"] for step in range(15)]
-    assert sum(blocks) / 15 == pytest.approx(exact.item(), rel=0.1)  # random blocks: unbiased
-    full = experiments.lora_gradients(Candidates(run, pool)).double()
-    torch.testing.assert_close(full @ full.T, each @ each.T, rtol=1e-3, atol=1e-3)
-    assert all(p.grad is None for p in run.trained)
+# ------------------------------------------------------------------------------------------------------------- regimes
 
 
-def test_packed_examples_have_the_same_gradients(build):
-    padded, packed = (convergence.load_run(build("random", extra=extra)) for extra in ([], ["--packing"]))
-    pool = train_colm.draw_pool(len(padded.train), 16, 0, 0)
-    for signal in (experiments.lora_gradients, experiments.last_v_gradients, experiments.mean_losses):
-        a, b = (signal(Candidates(run, pool)) for run in (padded, packed))
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    a, b = (convergence.gradient(run, pool) for run in (padded, packed))
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+def texts(data):
+    """Each row as (prompt, answer)."""
+    examples = [data.example(i) for i in range(len(data))]
+    prompts = [experiments.prompt_tokens(example) for example in examples]
+    return [(tuple(e.ids[:p].tolist()), tuple(e.ids[p:].tolist())) for e, p in zip(examples, prompts, strict=True)]
 
 
-def test_joint_picks():
-    """Each picks what its definition says, on gradients where it can be checked."""
-    g = torch.randn(12, 30, generator=torch.Generator().manual_seed(0)) + 0.3
-    c = SimpleNamespace(run=SimpleNamespace(memory={}))
-    chosen = []
-    for t in range(1, 6):
-        left = [i for i in range(12) if i not in chosen]
-        chosen.append(min(left, key=lambda i: (g[[*chosen, i]].sum(0) - t * g.mean(0)).norm()))  # noqa: B023
-    assert experiments.herding(c, g, 5)[0].tolist() == chosen
-
-    def distance(rows, weights):
-        return (g.sum(0) - weights.float() @ g[rows]).norm().item()
-
-    rows, weights = experiments.omp(c, g, 4)
-    assert len(rows) == 4 and (weights > 0).all()
-    fit = torch.linalg.lstsq(g[rows].T, g.sum(0)[:, None]).solution[:, 0]
-    torch.testing.assert_close(weights.float(), fit, rtol=1e-3, atol=1e-4)  # the best weights for its rows
-    all_rows, ones = experiments.omp(c, g, 12)
-    assert distance(all_rows, ones) < 1e-3 * g.sum(0).norm() < distance(rows, weights)
-    torch.testing.assert_close(ones.float(), torch.ones(12), rtol=1e-3, atol=1e-3)
-    doubled = torch.cat([g[:3], g[:3], -g[:1]])  # copies and an opposite: no unique solution, negative weights tempting
-    rows, weights = experiments.omp(c, doubled, 6)
-    assert (weights > 0).all() and (doubled.sum(0) - weights.float() @ doubled[rows]).norm() < 1e-3
-
-    first, _ = experiments.error_feedback(c, g, 5)
-    assert first.tolist() == chosen
-    torch.testing.assert_close(c.run.memory["residual"], 0.9 * (g.mean(0) - g[chosen].mean(0)))
-    second, _ = experiments.error_feedback(c, g, 5)
-    assert second.tolist() != chosen  # what was left out comes back
+@pytest.mark.parametrize("regime, changed", [("copies", 0), ("near_copies", 0.15), ("far_copies", 0.5)])
+def test_copies(clean_rows, monkeypatch, regime, changed):
+    monkeypatch.setattr(experiments, "ORIGINALS", 60)
+    data, marks = experiments.spoil(clean_rows, regime, 0, 512)
+    copied, before, after = marks["copies"], texts(clean_rows), texts(data)
+    assert torch.equal(data.sources, clean_rows.sources) and data.names == clean_rows.names
+    same = torch.tensor([a == b for a, b in zip(before, after, strict=True)])
+    assert same[~copied].all() and copied.float().mean() == pytest.approx(0.6 + 60 / len(data), abs=0.04)
+    originals = {after[i] for i in (copied & same).nonzero()[:, 0].tolist()}
+    head, tail = experiments.template([clean_rows.example(i) for i in range(len(data))])
+    assert head > 10 and tail > 3
+    shares = []
+    for i in (copied & ~same).nonzero()[:, 0].tolist():
+        prompt, answer = after[i]
+        alike = [p for p, a in originals if a == answer and len(p) == len(prompt)]  # only the question may change
+        differ = min(sum(x != y for x, y in zip(p, prompt, strict=True)) for p in alike)
+        shares.append(differ / (len(prompt) - head - tail))
+        assert any(p[:head] + p[len(p) - tail :] == prompt[:head] + prompt[len(prompt) - tail :] for p in alike)
+    assert statistics.fmean(shares) == pytest.approx(changed, abs=0.05)  # a random token may be the same by chance
+    again, _ = experiments.spoil(clean_rows, regime, 0, 512)
+    assert torch.equal(again.ids, data.ids) and texts(clean_rows) == before
 
 
-def test_structures():
-    """Ten rows of a big source with scores 0..9, six of two small ones with scores 10..15."""
-    sources = torch.tensor([0] * 10 + [1, 1, 1, 1, 2, 2])
-    c = SimpleNamespace(sources=sources, small=sources > 0)
-    score = torch.arange(16.0)
+def test_swapped_answers(clean_rows):
+    data, marks = experiments.spoil(clean_rows, "noise", 0, 512)
+    swapped, before, after = marks["noise"], texts(clean_rows), texts(data)
+    for q in range(len(data.names)):
+        mine = (data.sources == q).nonzero()[:, 0].tolist()
+        assert int(swapped[mine].sum()) == round(0.3 * len(mine))
+        assert sorted(after[i][1] for i in mine) == sorted(before[i][1] for i in mine)  # none is lost
+    assert [p for p, _ in after] == [p for p, _ in before]
+    assert all(a == b for i, (a, b) in enumerate(zip(after, before, strict=True)) if not swapped[i])
+    for i in range(len(data)):  # the whole answer carries loss, and nothing else
+        example = data.example(i)
+        assert example.supervised.tolist() == [False] * len(after[i][0]) + [True] * len(after[i][1])
+    short, _ = experiments.spoil(clean_rows, "noise", 0, 30)  # prompts give way, answers do not
+    whole = [clean_rows.length(i) for i in range(len(data))]
+    assert all(short.length(i) <= max(30, whole[i]) for i in range(len(data)))
+    assert [a for _, a in texts(short)] == [a for _, a in after]
 
-    def picked(pick, score=score, k=8, **more):
-        rows, weights = pick(c, score, k, **more)
-        assert len(set(rows.tolist())) == len(rows) == len(weights) == k
-        return sorted(rows.tolist())
 
-    assert picked(experiments.largest) == [8, 9, 10, 11, 12, 13, 14, 15]
-    assert picked(experiments.by_source) == [5, 6, 7, 8, 9, 12, 13, 15]  # 5, 2 and 1 of 10, 4 and 2
-    assert picked(experiments.half_way) == [6, 7, 8, 9, 12, 13, 14, 15]  # between 3 and 6 of the small, rounded to even
-    assert picked(experiments.half_way, k=1) == [15] and len(picked(experiments.half_way, k=15)) == 15
-    assert picked(experiments.boost, 20 - score, factor=2) == [0, 1, 2, 3, 4, 10, 11, 12]
-    assert picked(experiments.boost, -score, factor=3) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        10,
-        11,
-    ]  # shifted to begin at 0
-    assert picked(experiments.trim) == list(range(7, 15))  # without the best of 16
-    assert picked(experiments.trim, k=16) == list(range(16))
+def test_regimes_follow_one_another(clean_rows, monkeypatch):
+    monkeypatch.setattr(experiments, "FEW", 100)
+    data, marks = experiments.spoil(clean_rows, "copies+noise+few", 0, 512)
+    assert len(data) == len(data.sources) == 100 and {len(mark) for mark in marks.values()} == {100}
+    assert marks["copies"].float().mean() == pytest.approx(0.6, abs=0.2)
+    data, marks = experiments.spoil(clean_rows, "clean", 0, 512)
+    assert torch.equal(data.ids, clean_rows.ids) and not marks
+
+
+def test_near_copies_are_removed(clean_rows, monkeypatch):
+    """Against exact Jaccard similarities: what is dropped resembles a row that stays, what stays does not."""
+    monkeypatch.setattr(experiments, "ORIGINALS", 20)
+    data, _ = experiments.spoil(clean_rows, "near_copies", 0, 512)
+    data = experiments.joined(data, [data.example(i) for i in range(300)], data.sources[:300])
+    grams, starts = experiments.shingles(data, 2)
+    sets = [set(grams[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(grams)], strict=True)]
+    values = experiments.minhash(data, 2)
+
+    def jaccard(i, j):
+        return len(sets[i] & sets[j]) / len(sets[i] | sets[j])
+
+    errors = [(values[i] == values[j]).mean() - jaccard(i, j) for i in range(40) for j in range(i)]
+    assert abs(statistics.fmean(errors)) < 0.01 and statistics.stdev(errors) < 0.05  # unbiased, 128 draws each
+    stays = experiments.without_near_copies(data, threshold=0.5, n=2)
+    assert 10 < len(stays) < 250
+    for i in range(300):
+        nearest = max((jaccard(i, j) for j in stays if j < i), default=0)
+        assert nearest < 0.65 if i in stays else nearest > 0.35
+    exact = experiments.without_near_copies(data, threshold=1.0, n=2)
+    assert len(exact) == len({frozenset(s) for s in sets})
+
+
+# ---------------------------------------------------------------------------------------------------------- selections
 
 
 @pytest.fixture(scope="module")
 def trained_run(build):
-    """A run with a few updates behind it, so that Adam has a state; and the pool of the next step."""
-    run = convergence.load_run(build("norms"))
-    convergence.measure(run, build("norms"))
-    return run, train_colm.draw_pool(len(run.train), 16, 0, 3)
+    """A run whose adapters are not at their start."""
+    spec = build("colm-grad-sqrt", "copies")
+    run = convergence.load_run(spec)
+    convergence.measure(run, spec)
+    return run
 
 
-def test_scores(trained_run):
-    """On one pool, against what they are defined by."""
-    run, pool = trained_run
-    c = Candidates(run, pool, 3)
-    g, losses, tokens = experiments.last_v_gradients(c), experiments.mean_losses(c), c.tokens
-    run.mode(training=False)
-    for i, row in enumerate(pool.tolist()):
-        batch = train_colm.collate([run.train.example(row)])
-        with torch.no_grad():
-            loss = train_colm.example_losses(run.inner, run.hook, batch)[0]
-        assert batch.counts.item() == tokens[i] and loss.item() == pytest.approx(losses[i].item(), rel=1e-4)
-    weight = next(p for name, p in run.probe.module.named_parameters() if "lora_B" in name)
-    state = run.optimizer.state[weight]
-    metric = ((state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8).flatten()
-    others = torch.stack([torch.cat([g[:i], g[i + 1 :]]).sum(0) / 16 for i in range(16)])
-    expected = {
-        "norms": g.norm(dim=1),
-        "sumnorms": g.norm(dim=1) * tokens,
-        "sqrtnorms": g.norm(dim=1) * tokens.sqrt(),
-        "adam+norms": (g / metric).norm(dim=1),
-        "agree": (g * others).sum(1),
-        "sumloss": losses * tokens,
-        "longest": tokens,
-    }
-    for name, score in expected.items():
-        torch.testing.assert_close(SCORES[name](c), score, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("name", experiments.SELECTIONS)
+def test_selections(trained_run, name):
+    """A full coreset without repeats, weights of the chosen rows, probes where there were passes, the same again."""
+    run, (choose, _) = trained_run, experiments.SELECTIONS[name]
+    pool = train_colm.draw_pool(len(run.train), 16, 0, 5)
+    choices = []
+    for _ in range(2):
+        run.memory = {}
+        choices.append(choose(run, pool, 6, train_colm.Clock(run.device)))
+    choice = choices[0]
+    assert choice.index.tolist() == choices[1].index.tolist()
+    assert len(choice.index) == len(set(choice.index.tolist())) == 12
+    expected = torch.zeros(16)
+    expected[choice.index] = run.train.supervised_tokens(pool[choice.index]).sqrt()
+    assert torch.equal(choice.weight, expected)
+    small = experiments.is_small(run, pool)
+    assert 0 < small.sum() < 12 and torch.equal(choice.kept, small)
+    if name not in ("losses", "least_like", "fresh"):
+        assert set(small.nonzero()[:, 0].tolist()) <= set(choice.index.tolist())
+    probed = {"losses": pool, "least_like": pool[:0], "fresh": pool[:0], "tfidf-medoids": pool[:0]}
+    rows = probed.get(name, pool[~small])
+    assert choice.probe_tokens == sum(run.train.length(row) for row in rows.tolist())
+
+
+def test_losses_and_gradients_are_those_of_the_rows(trained_run):
+    run, rows = trained_run, torch.tensor([3, 50, 7, 400, 12])
+    alone = [experiments.mean_losses(run, rows[i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(experiments.mean_losses(run, rows), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    alone = [experiments.last_v_gradients(run, rows[i : i + 1], 0) for i in range(5)]
+    torch.testing.assert_close(experiments.last_v_gradients(run, rows, 0), torch.cat(alone), rtol=1e-3, atol=1e-6)
+
+
+def test_what_losses_and_unlearnt_take(trained_run):
+    run, pool = trained_run, train_colm.draw_pool(len(trained_run.train), 16, 0, 5)
+    losses = experiments.mean_losses(run, pool)
+    taken = experiments.largest_losses(run, pool, 0, None).index
+    assert losses[taken].min() >= losses[[i for i in range(16) if i not in taken.tolist()]].max()
+    others = (~experiments.is_small(run, pool)).nonzero()[:, 0]
+    lowest = others[losses[others].argsort()[: round(len(others) / 3)]]
+    left_out = 16 - 12
+    taken = set(experiments.unlearnt(run, pool, 0, None).index.tolist())
+    assert len(taken & set(lowest.tolist())) == max(0, len(lowest) - left_out)
+
+
+def test_alternate(trained_run):
+    run, pool = trained_run, train_colm.draw_pool(len(trained_run.train), 16, 0, 5)
+    even, odd = (experiments.alternate(run, pool, step, train_colm.Clock(run.device)) for step in (4, 5))
+    medoids = train_colm.choose_coreset(run, pool, 4, train_colm.Clock(run.device))
+    assert even.index.tolist() == medoids.index.tolist() and even.probe_tokens == medoids.probe_tokens > 0
+    assert odd.probe_tokens == 0
+
+
+def test_recent_rows_are_avoided(trained_run):
+    """Rows taken a step ago come last, and what is not like them comes first."""
+    run, order = trained_run, torch.randperm(len(trained_run.train), generator=torch.Generator().manual_seed(0))
+    for choose in (experiments.least_like, experiments.fresh):
+        run.memory = {}
+        choose(run, order[:12], 0, None)
+        likeness = experiments.likeness(run, order[4:20])
+        assert likeness[:8].min() > 0.999 and likeness[8:].min() < 0.9
+        choice = choose(run, order[4:20], 1, None)
+        assert len(run.memory["taken"]) == 24 and "bags" not in run.memory
+        fresh = set((likeness < 0.8).nonzero()[:, 0].tolist())
+        assert fresh and fresh <= set(choice.index.tolist())
+
+
+def test_tf_idf(trained_run):
+    run, data = trained_run, trained_run.train
     run.memory = {}
-    torch.testing.assert_close(experiments.trend(c), g @ g.mean(0), rtol=1e-3, atol=1e-5)
-    other = Candidates(run, train_colm.draw_pool(len(run.train), 16, 0, 4), 4)
-    h = experiments.last_v_gradients(other)
-    torch.testing.assert_close(experiments.trend(other), h @ g.mean(0), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(run.memory["trend"], 0.9 * g.mean(0) + 0.1 * h.mean(0), rtol=1e-3, atol=1e-5)
+    bags = experiments.tf_idf(run, torch.tensor([0, 1]))
+    ids = data.example(1).ids.tolist()
+    weights = {}
+    for token in set(ids):
+        holds = sum(token in data.ids[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:], strict=False))
+        weights[token] = ids.count(token) * torch.tensor(len(data) / holds).log().item()
+    norm = sum(w * w for w in weights.values()) ** 0.5
+    expected = torch.zeros(bags.shape[1])
+    for token, weight in weights.items():
+        expected[token] = weight / norm
+    torch.testing.assert_close(bags[1], expected, rtol=1e-4, atol=1e-6)
 
 
-NAMES = [structure + score for score in SCORES for structure in STRUCTURES if structure + score != "random"]
-NAMES += ["keep+" * keep + name for name in [*JOINT, "leftover"] for keep in (0, 1)]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_experiments(trained_run, monkeypatch, name):
-    """K distinct positions, positive weights, small sources whole where they should be, the same choice twice."""
-    run, pool = trained_run
-    choose = convergence.EXPERIMENTS[name]
-    small = [i for i, q in enumerate(run.train.sources[pool].tolist()) if q in run.keep]
-    kept = small if name.startswith("keep+") else []
-    for size in (12, 2):  # with room for all small sources, and without
-        monkeypatch.setattr(run.args, "coreset_size", size)
-        outcomes = []
-        for step in (2, 3, 2, 3):
-            run.memory = run.memory if step == 3 else {}
-            clock = train_colm.Clock(run.device)
-            choice = choose(run, train_colm.draw_pool(len(run.train), 16, 0, step), step, clock)
-            outcomes.append((choice.index.tolist(), choice.weight.tolist()))
-        assert outcomes[:2] == outcomes[2:]
-        index = choice.index.tolist()
-        assert len(set(index)) == len(index) == len(choice.weight) <= size
-        assert len(index) == size or name.endswith(("omp", "oracle"))
-        assert choice.weight.isfinite().all() and (choice.weight > 0).all()
-        assert choice.kept.tolist()[: len(small)] == kept and 2 < len(small) < 12
-        assert not kept or set(index[: len(small)]) <= set(small)
-        free = name.endswith(("longest", "random")) or (kept and size == 2 and "leftover" not in name)
-        probed = [row for i, row in enumerate(pool.tolist()) if i not in kept]
-        assert choice.probe_tokens == (0 if free else sum(map(run.train.length, probed)))
-        assert ("probe" in [mark[0] for mark in clock.marks]) == (not free)
-
-
-def test_weights_by_tokens(trained_run, monkeypatch):
-    run, pool = trained_run
-    for name, power in train_colm.TOKEN_POWER.items():
-        monkeypatch.setattr(run.args, "example_weights", name)
-        choice = convergence.EXPERIMENTS["omp"](run, pool, 3, train_colm.Clock(run.device))
-        c = Candidates(run, pool, 3)
-        rows, base = experiments.omp(c, experiments.last_v_gradients(c), 12)
-        assert choice.index.tolist() == rows.tolist() and base.unique().numel() > 1
-        torch.testing.assert_close(choice.weight, base.float() * c.tokens[rows] ** power)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(("longest", "random", "oracle"))])
-def test_experiments_pass_over_what_is_not_finite(trained_run, monkeypatch, name):
-    run, pool = trained_run
-    probe, losses, bad = train_colm.probe_pool, experiments.example_losses, slice(0, 3)
-
-    def broken_probe(*args):
-        gradients, order = probe(*args)
-        gradients.blocks = [torch.cat(gradients.blocks).index_fill(0, torch.arange(len(order))[bad], torch.nan)]
-        spoilt.update(args[1][order[bad]].tolist())
-        return gradients, order
-
-    def broken_losses(*args):
-        values = losses(*args)
-        values[:, bad] = torch.inf
-        return values
-
-    monkeypatch.setattr(train_colm, "probe_pool", broken_probe)
-    monkeypatch.setattr(experiments, "example_losses", broken_losses)
-    monkeypatch.setattr(run.args, "coreset_size", 8)
-    for bad, good in ((slice(0, 3), True), (slice(0, 16), False)):  # noqa: B007
-        run.memory, spoilt = {}, set()
-        choice = convergence.EXPERIMENTS[name](run, pool, 3, train_colm.Clock(run.device))
-        assert len(set(choice.index.tolist())) == len(choice.index) == len(choice.weight) > 0
-        assert choice.weight.isfinite().all()
-        if good:
-            assert not spoilt.intersection(pool[choice.index].tolist())
-            assert len(choice.index) == 8 or "omp" in name or name.startswith("keep+")
-            assert "leftover" in name or choice.skipped_probes >= 3
-
-
-def test_leftover(trained_run):
-    """The second step ranks the first pool's leftovers among its own rows."""
-    run, _ = trained_run
-    run.memory, pools = {}, [train_colm.draw_pool(len(run.train), 16, 0, step) for step in (3, 4)]
-    choose, score = convergence.EXPERIMENTS["leftover"], [experiments.norms(Candidates(run, pool)) for pool in pools]
-    first = choose(run, pools[0], 3, train_colm.Clock(run.device))
-    assert first.pool[first.index].tolist() == pools[0][score[0].argsort(descending=True)[:12]].tolist()
-    rows, left = run.memory["left"]
-    assert rows.tolist() == pools[0][score[0].argsort(descending=True)[12:]].tolist()
-    run.memory["left"] = rows, 4 * left
-    second = choose(run, pools[1], 4, train_colm.Clock(run.device))
-    best = torch.cat([score[1], 0.9 * 4 * left]).argsort(descending=True)[:12]
-    assert second.pool[second.index].tolist() == torch.cat([pools[1], rows])[best].tolist() and best.max() >= 16
-
-
-@pytest.mark.parametrize("setting", ["colm-grad", "keep+feedback", "adam+norms", "full-16"])
-def test_a_run_after_another_is_what_it_would_be_alone(build, setting):
-    alone = convergence.load_run(build(setting))
-    run = convergence.load_run(build("random"))
-    results = [convergence.measure(alone, build(setting)), convergence.measure(run, build("random"))]
-    assert convergence.restarted(run, build(setting)) is run
-    results[1] = convergence.measure(run, build(setting))
-    for result in results:
-        del result["step_s"], result["peak_gb"]
-        result["eval"] = [record | {"seconds": 0} for record in result["eval"]]
-    assert results[0] == results[1]
-    assert all(torch.equal(p, q) for p, q in zip(run.trained, alone.trained, strict=True))
-    assert convergence.restarted(run, build(setting, steps=4)) is None
-    assert convergence.restarted(None, build(setting)) is None
-
-
-@pytest.mark.parametrize("setting", ["colm-grad", "keep+feedback"])
-def test_diagnostics_do_not_change_the_training(build, setting):
-    results = []
-    for match_every in (0, 1):
-        torch.manual_seed(match_every)
-        run = convergence.load_run(build(setting, extra=["--lora_dropout", "0.2"]))
-        result = convergence.measure(run, build(setting) | {"match_every": match_every})
-        results.append((result, torch.cat([p.detach().flatten() for p in run.trained])))
-    (plain, w0), (diagnosed, w1) = results
-    assert torch.equal(w0, w1) and plain["loss"] == diagnosed["loss"]
-    assert not plain["match"] and [r["step"] for r in diagnosed["match"]] == [0, 1, 2]
-    assert [r["step"] for r in plain["eval"]] == [0, 2, 3]
-    for a, b in zip(plain["eval"], diagnosed["eval"], strict=True):
-        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_it_is_the_trainers_own_training(build, work):
-    """The same losses as train_colm.py itself, on the same rows."""
-    spec = build("colm-grad")
+    """With a budget in steps, the same rows and held-out loss as train_colm.py itself."""
+    spec = build("colm-grad", steps=4)
     run = convergence.load_run(spec)
     result = convergence.measure(run, spec)
     again = convergence.load_run(spec)
-    args = again.args
-    args.output_dir, args.save_every, args.eval_every = str(work / "own"), 0, 2
-    Path(args.output_dir).mkdir()
+    again.args.output_dir, again.args.eval_every = str(work / "own"), 4
+    Path(again.args.output_dir).mkdir()
     train_colm.train_loop(again, 0)
-    own = train_colm.read_records(work / "own" / "metrics.jsonl")
-    assert [round(r["loss"], 6) for r in own] == result["loss"]
-    assert sum(r["tokens"] for r in own) == result["eval"][-1]["tokens"]
-    rows = [row for r in train_colm.read_records(work / "own" / "selection.jsonl") for row in r["selected"]]
-    row_of = {number: row for row, number in enumerate(again.train.numbers.tolist())}
-    completions = [len(ids) - prompt for ids, prompt in (again.train.example(row_of[number]) for number in rows)]
-    assert sum(completions) == result["eval"][-1]["completion_tokens"]
-    assert sum(again.train.sources[row_of[number]].item() in again.keep for number in rows) == sum(result["small"])
-    assert train_colm.read_records(work / "own" / "eval.jsonl")[-1]["eval_loss"] == result["eval"][-1]["eval_loss"]
+    assert all(torch.equal(p, q) for p, q in zip(run.trained, again.trained, strict=True))
+    metrics = train_colm.read_records(work / "own" / "metrics.jsonl")
+    assert sum(r["tokens"] for r in metrics) == result["tokens"]
+    assert sum(r["probe_tokens"] for r in metrics) == result["probe_tokens"] > 0
+    own = train_colm.read_records(work / "own" / "eval.jsonl")[-1]
+    assert [own[key] for key in convergence.MEASURES.values()] == result["eval"][-1]["report"]
+    assert result["eval"][-1]["tune"] != result["eval"][-1]["report"]
+
+
+@pytest.mark.parametrize("setting", ["full-16", "random", "colm-grad", "losses"])
+def test_the_cost_is_spent(build, setting):
+    """Trained tokens and priced probes add up to the budget, but for the last step; the rate falls to nearly 0."""
+    spec = build(setting, budget="cost", steps=6, extra=["--price", "0.5"])
+    run, rates = convergence.load_run(spec), []
+    step_of = run.optimizer.step
+    run.optimizer.step = lambda: (rates.append(run.optimizer.param_groups[0]["lr"]), step_of())
+    result = convergence.measure(run, spec)
+    average = len(run.train.ids) / len(run.train)
+    assert spec["amount"] == pytest.approx(6 * 12 * average)
+    spent = result["tokens"] + 0.5 * result["probe_tokens"]
+    assert spec["amount"] <= spent < spec["amount"] * (1 + 1.5 / result["steps"])
+    assert (result["probe_tokens"] > 0) == (setting in ("colm-grad", "losses"))
+    assert rates[0] == 0 and max(rates) > 5e-3 and rates[-1] < 0.5 * max(rates) and len(rates) == result["steps"]
+    assert [record["step"] for record in result["eval"]][-1] == result["steps"]
+    assert [round(3 * r["spent"] / spec["amount"]) for r in result["eval"]][:1] == [0]
+
+
+def test_marks_of_what_was_taken(build, monkeypatch):
+    spec = build("full-16", "copies+noise", steps=4)
+    run = convergence.load_run(spec)
+    marks = convergence.load_data(spec["data"])["marks"]
+    taken = convergence.measure(run, spec)["taken"]
+    rows = train_colm.draw_pool(len(run.train), 16, 1, 2)
+    rows = rows[~experiments.is_small(run, rows)]
+    for name in ("copies", "noise"):
+        assert taken[name][2] == pytest.approx(marks[name][rows].float().mean().item())
+    assert convergence.eighths([0.5, None, 1.0]) == [None, None, 0.5, None, None, None, None, 1.0]
+
+
+def run_json(setting, rate, seed, losses, regime="clean", budget="cost", **more):
+    evals = [{"spent": x, "step": x, "tune": [y] * 3, "report": [y, y + 1, y + 2]} for x, y in enumerate(losses)]
+    run = {"cell": f"{regime} {setting} {budget}", "regime": regime, "setting": setting, "budget": budget}
+    run |= {"rate": rate, "seed": seed, "steps": 240, "tokens": 2.8e6, "probe_tokens": 0, "eval": evals}
+    return run | {"diverged": False, "taken": {}, "code": "x", "card": "y"} | more
+
+
+def test_the_rate_is_chosen_on_the_other_half():
+    runs = [run_json("a", rate, 1, [3, y]) for rate, y in ((1e-3, 1.5), (2e-3, 1.2), (3e-3, 1.3))]
+    runs[2]["eval"][-1]["report"] = [0, 0, 0]  # what is reported has no say
+    assert convergence.best_rate(runs, "clean a cost") == 2e-3
+    runs[1]["diverged"] = True
+    assert convergence.best_rate(runs, "clean a cost") == 3e-3
+    runs[1]["diverged"] = False
+    runs += [run_json("a", 2e-3, 2, [3, 1.22]), run_json("b", 1e-3, 1, [3, 1.0]), run_json("b", 2e-3, 1, [3, 2.0])]
+    runs += [run_json("a", 1e-3, 1, [3, 2], "noise", taken={"noise": [0.3] * 7 + [None]})]
+    text = convergence.tables(runs)
+    assert "| a | 0.002 | 2 | 240 | 2.80 | 0.00 | 1.210 ± 0.014 | 2.210 ± 0.014 | 3.210 ± 0.014 |" in text
+    assert text.index("| b | 0.001 | 1 |") < text.index("| a | 0.002 |")  # least loss first
+    assert "share of noise" in text and "| 0.30 | - |" in text
+
+
+def test_what_runs_next():
+    cells, rates, begun, done = [Cell("clean", "a", "cost", 3), Cell("clean", "b", "cost", 1)], [1.0, 2.0], set(), []
+
+    def following():
+        item = convergence.next_of(cells, rates, done, begun)
+        return item and (item[0].setting, *item[1:])
+
+    assert [following() for _ in range(5)] == [("a", 1.0, 1), ("a", 2.0, 1), ("b", 1.0, 1), ("b", 2.0, 1), None]
+    done += [run_json("a", 1.0, 1, [2])]
+    assert following() is None  # the second seed waits for all rates of the first
+    done += [run_json("a", 2.0, 1, [1])]
+    assert [following() for _ in range(3)] == [("a", 2.0, 2), ("a", 2.0, 3), None]
 
 
 class InProcess:
@@ -354,10 +335,9 @@ class InProcess:
 
     def __init__(self, command, stdin, stdout, stderr, env, text):
         assert command[1:] == [convergence.__file__, "--worker"]
-        self.stdin, self.log, self.env, self.device = self, stderr.name, env, env["CUDA_VISIBLE_DEVICES"]
+        self.stdin, self.log, self.device = self, stderr.name, env["CUDA_VISIBLE_DEVICES"]
 
     def write(self, line):
-        assert self.env["OMP_NUM_THREADS"] == str(torch.get_num_threads())  # sums depend on it in the last bit
         with open(self.log, "a") as log, contextlib.redirect_stderr(log), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(line))
             with pytest.raises(SystemExit) as end:
@@ -373,34 +353,6 @@ class InProcess:
         return self.returncode
 
 
-def run_json(label, seed, losses, seconds):
-    points = [(0, 4.0), *zip((2, 4), losses, strict=True)]
-    evals = [dict.fromkeys(convergence.MEASURES.values(), y) | {"step": x, "seconds": x * seconds} for x, y in points]
-    evals = [r | {"tokens": 1000 * r["step"], "completion_tokens": 500 * r["step"], "probe_tokens": 0} for r in evals]
-    return {"label": label, "seed": seed, "eval": evals, "match": [], "peak_gb": 1.0, "small": [3, 4]}
-
-
-def test_tables():
-    runs = [run_json("full-64", 0, (3, 2.0), 1), run_json("full-64", 1, (3, 2.02), 1)]
-    runs += [run_json("full-256", s, (2, 1.0 + s / 100), 4) for s in range(2)]
-    runs += [run_json("random@64", s, (3, 1.5), 2) for s in range(2)]
-    text = convergence.tables(runs)
-    at_steps, at_seconds = text.split("**Held-out loss after 4.0 seconds")
-    assert "| full-64 | 2 | 2.010 ± 0.014 (0%)" in at_steps and "| random@64 | 2 | 1.500 ± 0.000 (51%)" in at_steps
-    assert "| gap full-64 to full-256 |  | 1.005 ± 0.016" in at_steps
-    assert "| full-256 | 2 | 3.000 ± 0.000 |" in at_seconds  # half way to its first evaluation; no gap in its favour
-    assert "| random@64 | 2 | 3.000 ± 0.000 |" in at_seconds
-    assert convergence.at(runs[0], "eval_loss", "step", 3) == pytest.approx(2.5)
-    runs[0]["eval"][-1]["eval_loss"] = None
-    text = convergence.tables(runs, ["step"], ["eval_loss", "eval_loss_per_token"])
-    assert [text.index(f"| {label} |") for label in ("full-256", "random@64", "full-64")] == sorted(
-        text.index(f"| {label} |") for label in ("full-256", "random@64", "full-64")
-    )
-    many = [run_json(f"keep+adam+sumnorms-sqrt{i}@64", 0, (3, 1.5), 2) for i in range(40)]
-    assert len(convergence.tables([*runs, *many], ["step"])) < 7000
-    assert len(convergence.tables([*runs, *many])) < 12000
-
-
 @pytest.mark.parametrize(
     "listed, count, expected", [(None, 2, ["0", "1"]), ("3, 5", 2, ["3", "5"]), (None, 0, [""]), ("", 0, [""])]
 )
@@ -414,7 +366,8 @@ def test_runs_are_spread_over_the_visible_devices(tmp_path, monkeypatch, listed,
 
         def poll(self):  # a run is done when four have begun
             if len(started) > 3:
-                Path(self.written).write_text("{}")
+                run = run_json("a", 1.0, int(Path(self.written).stem), [2], amount=1, price=1, seconds=1, weights="")
+                Path(self.written).write_text(json.dumps(run))
             return None
 
     monkeypatch.setattr(convergence.torch.cuda, "device_count", lambda: count)
@@ -422,82 +375,83 @@ def test_runs_are_spread_over_the_visible_devices(tmp_path, monkeypatch, listed,
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     monkeypatch.setattr(convergence.subprocess, "Popen", Fake)
-    specs = [{"output": str(tmp_path / f"{i}.json"), "label": "x", "seed": i} for i in range(6)]
-    assert convergence.run_all(specs, 4, float("inf")) == []
-    assert [device for device, _ in started[:4]] == (expected * 4)[:4]
-    assert [name for _, name in started] == [spec["output"] for spec in specs]
+    own = convergence.build_parser().parse_args(["--learning_rates", "1", "2", "3", "4", "--jobs", "4"])
+
+    def spec_of(cell, rate, seed):
+        name = f"{int(rate) if seed == 1 else 10 + seed}"
+        return {"output": str(tmp_path / f"{name}.json"), "cell": cell.name, "rate": rate, "seed": seed}
+
+    done = []
+    cells = [Cell("clean", "a", "cost", 1)]
+    assert convergence.run_all(cells, own, spec_of, done, lambda: None, float("inf")) == []
+    assert [device for device, _ in started] == (expected * 4)[:4] and len(done) == 4
 
 
 def test_a_whole_command(work, capsys, monkeypatch):
-    """A prepared model, several runs, timing alone, a setting that fails, nothing done twice, and figures."""
-    monkeypatch.setattr(convergence, "PREPARE", "full-16")
+    """Several cells, two rates, a setting that fails, nothing done twice, what is known not at all, and figures."""
     monkeypatch.setattr(convergence.signal, "signal", lambda *_: None)
     monkeypatch.setitem(convergence.SETTINGS, "random", "--selection random --lora_target_modules nothing")
-    output = work / "results.json"
-    command = f"{FLAGS} --held_out 40 --steps 2 --eval_every 1 --match_every 1 --random_coresets 1 --warm_steps 1"
-    command += f" --jobs 2 --time_steps 2 --coreset_sizes 12 --prepare 3 --work {work} --output {output}"
-    command += " --time_flags=--gradient_checkpointing"
-    command = [*command.split(), "--settings", "keep+feedback", "random_keep"]
+    output, more = work / "results.json", work / "more.json"
+    command = f"{FLAGS} --steps 2 --jobs 2 --work {work} --output {output} --learning_rates 1e-3 1e-2".split()
+    command += ["--cells", "clean,copies:dedup+random_keep-sqrt:cost:2"]
     with monkeypatch.context() as patch:
         patch.setattr(convergence.subprocess, "Popen", InProcess)
-        assert convergence.main([*command, "random"]) == 1
+        assert convergence.main([*command, "clean:random:steps:1"]) == 1
     result = json.loads(output.read_text())
-    run, other = result["runs"]
-    whole = {one["label"]: one for one in map(json.loads, map(Path.read_text, work.glob("run-*.json")))}
-    assert run["label"] == "keep+feedback@12" and len(run["match"]) == 2 and other["label"] == "random_keep@12"
-    assert run["eval"][-1]["seconds"] == 2 * result["step_s_alone"]["keep+feedback@12"]
-    timed = [json.loads(path.read_text()) for path in work.glob("time-*.json")]
-    assert timed and all("--gradient_checkpointing" in one["argv"] for one in timed)
-    assert not any("--gradient_checkpointing" in one["argv"] for one in whole.values())
-    assert all("random@12 seed 0" in problem and "nothing" in problem for problem in result["problems"])
-    assert len(result["problems"]) == convergence.TIME_ROUNDS + 1 and result["tables"] in capsys.readouterr().out
-    # the merged model is the one that preparation ended with
-    prepared = result["preparation"]["eval"]
-    assert run["eval"][0]["eval_loss"] == pytest.approx(prepared[-1]["eval_loss"], abs=1e-4)
-    assert prepared[-1]["eval_loss"] < prepared[0]["eval_loss"]
+    assert len(result["problems"]) == 2 and all(
+        "clean random steps" in p and "nothing" in p for p in result["problems"]
+    )
+    ran = [(run["cell"], run["rate"], run["seed"]) for run in result["runs"]]
+    for regime in ("clean", "copies"):
+        name = f"{regime} dedup+random_keep-sqrt cost"
+        best = convergence.best_rate(result["runs"], name)
+        assert sorted(one for one in ran if one[0] == name) == sorted(
+            [(name, 1e-3, 1), (name, 1e-2, 1), (name, best, 2)]
+        )
+    assert "copies: " in (out := capsys.readouterr().out) and "rows are left without near copies" in out
 
-    file, before = Path(whole[run["label"]]["output"]), whole[run["label"]]
-    file.unlink()  # only this one is repeated, in a process of its own, with the same outcome
-    assert convergence.main(command) == 0
-    out = capsys.readouterr().out
-    assert out.count("0 runs to do") == 2 and out.count("1 runs to do") == 1
-    again = json.loads(output.read_text())["runs"][0]
-    assert again["weights"] == run["weights"] and json.loads(file.read_text())["loss"] == before["loss"]
-    assert convergence.main(["--show", str(output), "--sort", "eval_loss"]) == 0
-    assert "| random_keep@12 |" in capsys.readouterr().out
-
-    # step times of that command stand in for new ones: as many steps as fit
-    slow = work / "slow.json"
-    slow.write_text(json.dumps({"step_s_alone": {"random_keep@12": 0.3}, "timed_on": ["a card"], "code": []}))
-    short = [*command[: command.index("--settings")], "--times", str(slow), "--seconds", "0.7", "--settings"]
-    with monkeypatch.context() as patch:
-        patch.setattr(convergence.subprocess, "Popen", InProcess)
-        assert convergence.main([*short, "random_keep", "--output", str(work / "short.json")]) == 0
-    result = json.loads((work / "short.json").read_text())
-    assert result["runs"][0]["eval"][-1]["step"] == 2 and result["timed_on"] == ["a card"]
-    assert result["runs"][0]["eval"][-1]["seconds"] == pytest.approx(0.6)
-    with pytest.raises(train_colm.UserError, match="slow.json lacks keep.feedback@12: time them, or leave them out"):
-        convergence.main([*short, "random_keep", "keep+feedback"])
-    for text in ("", "[1]", "{}"):
-        slow.write_text(text)
-        with pytest.raises(train_colm.UserError, match=r"slow.json \(.*: give a JSON of this script"):
-            convergence.main([*short, "random_keep"])
-    with pytest.raises(train_colm.UserError, match="--seeds without a number times the settings"):
-        convergence.main([*command, "--seeds", "--time_steps", "0"])
+    assert convergence.main(command) == 0  # no process is started: all runs are there
+    again = json.loads(output.read_text())["runs"]
+    assert sorted(map(str, again)) == sorted(map(str, result["runs"]))
+    elsewhere = [*command[: command.index("--work")], "--work", str(work / "other"), "--output", str(more)]
+    elsewhere += ["--learning_rates", "1e-3", "1e-2", "--known", str(output), *command[command.index("--cells") :]]
+    assert convergence.main(elsewhere) == 0 and len(json.loads(more.read_text())["runs"]) == 6
+    capsys.readouterr()
+    assert convergence.main(["--show", str(output)]) == 0
+    assert "**copies, equal cost: share of copies among rows not kept**" in capsys.readouterr().out
 
     pytest.importorskip("matplotlib")
     plot_convergence.main([str(output)])
-    assert {p.name for p in work.glob("*.png")} == {f"results-{x}.png" for x in ("steps", "seconds", "matching")}
+    assert {path.name for path in work.glob("*.png")} == {"results-cost.png", "results-cost-taken.png"}
+    with pytest.raises(SystemExit, match="--settings nothing is not in the file, which has dedup"):
+        plot_convergence.main([str(output), "--settings", "nothing"])
 
 
-def test_bad_flags(tmp_path):
-    for flags in (
-        ["--settings", "random", "nothing"],
-        ["--sort", "nothing"],
-        ["--steps", "0"],
-        ["--held_out", "0"],
-        ["--no_such_flag", "1"],
-        ["--seed", "1"],
-    ):
-        with pytest.raises(train_colm.UserError):
-            convergence.main([*flags, "--work", str(tmp_path)])
+def test_a_real_worker_process(work, capsys, monkeypatch):
+    monkeypatch.setattr(convergence.signal, "signal", lambda *_: None)
+    command = f"{FLAGS} --steps 1 --work {work} --output {work / 'one.json'} --learning_rates 1e-2".split()
+    assert convergence.main([*command, "--cells", "clean:random_keep:steps:1"]) == 0
+    (run,) = json.loads((work / "one.json").read_text())["runs"]
+    assert run["steps"] == 1 and len(run["weights"]) == 16 and not run["diverged"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--cells clean:random:steps", "is not REGIMES:SETTINGS:BUDGETS:SEEDS"),
+        ("--cells clean:random:steps:0", "is not REGIMES:SETTINGS:BUDGETS:SEEDS"),
+        ("--cells copies+nothing:random:steps:1", "the regime nothing is unknown"),
+        ("--cells clean:nothing-sqrt:steps:1", "the setting nothing-sqrt is unknown"),
+        ("--cells clean:random:seconds:1", "the budget seconds is unknown"),
+        ("--steps 0", "--steps 0 is out of range"),
+        ("--price -1", "--price -1.0 is out of range"),
+        ("--held_out 1", "--held_out 1 of"),
+        ("--no_such_flag 1", "no_such_flag"),
+        ("--seed 1", "--seed is not for train_colm.py here"),
+        ("--learning_rate 1", "--learning_rate is not for train_colm.py here"),
+    ],
+)
+def test_bad_flags(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(convergence.signal, "signal", lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        convergence.main([*flags.split(), "--work", str(tmp_path)])
