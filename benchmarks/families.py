@@ -45,7 +45,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 import train_colm  # noqa: E402
-from colm_batches import LabelledLogits, collate, micro_batch_losses  # noqa: E402
+from colm_batches import LabelledLogits, PackingCheck, check_rows, collate, micro_batch_losses  # noqa: E402
 from colm_core import VProjection, VProjectionProbe  # noqa: E402
 from colm_data import UserError  # noqa: E402
 
@@ -375,7 +375,10 @@ def check_before_training(model: nn.Module, hook: LabelledLogits) -> None:
 def how_rows_share(model: nn.Module, hook: LabelledLogits) -> str:
     """What the trainer's check says of packed rows: `packed`, or `padded` and why. The attention stays packed."""
     args, accelerator, data = trainer_flags(model)
-    found = train_colm.measure(args, accelerator, model, hook, train_colm.check_rows(data), packed=True)
+    own_check = PackingCheck(
+        model, hook, accelerator.autocast, args.max_tokens_per_micro_batch, args.max_length, torch.float32
+    )
+    found = own_check.differences(check_rows(data), packed=True)
     if found.problem:
         return f"padded ({found.problem})"
     if found.apart > train_colm.APART or found.leaks > train_colm.LEAKS:
