@@ -303,14 +303,22 @@ def adopt_adapter(args, given: set[str]) -> None:
     if not is_adapter(args.model):
         return
     config = adapter_config(args.model)
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    own = {"lora_r": config.r, "lora_alpha": float(config.lora_alpha), "lora_dropout": config.lora_dropout}
-    own["lora_target_modules"] = targets
+    targets = config.target_modules or []
+    if isinstance(targets, str):  # a regular expression
+        targets = [targets]
+    own = {
+        "lora_r": config.r,
+        "lora_alpha": float(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": sorted(targets),
+    }
     for name, value in own.items():
         wanted = getattr(args, name)
-        same = sorted(wanted) == sorted(value) if isinstance(value, list) and wanted else wanted == value
-        if name in given and not same:
-            wanted, value = (" ".join(x) if isinstance(x, list) else x for x in (wanted, value))
+        if name == "lora_target_modules" and wanted:
+            wanted = sorted(wanted)
+        if name in given and wanted != value:
+            if name == "lora_target_modules":
+                wanted, value = " ".join(wanted), " ".join(value)
             raise UserError(f"--{name} {wanted}, but the adapter in {args.model} has {value}: drop the flag")
         setattr(args, name, value)
 
@@ -530,7 +538,7 @@ def check_rows(data: list[TokenizedRows]) -> list[Tensor]:
 
 
 def measure(args, accelerator, model, labelled_logits, rows: list[Tensor], packed: bool) -> Differences:
-    """How much the losses of `rows` depend on what they must not depend on: six forwards of a few rows, or four."""
+    """How much the losses of `rows` depend on what they must not depend on: four forwards of a few rows, or seven."""
     import transformers
 
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -538,8 +546,11 @@ def measure(args, accelerator, model, labelled_logits, rows: list[Tensor], packe
     def losses(rows: list[Tensor], packed: bool = False, together: bool = False) -> list[Tensor]:
         return token_losses(args, accelerator, model, labelled_logits, rows, packed, together)
 
-    kept = [max(2, len(ids) * 3 // 4) for ids in rows]
-    other_ends = [torch.cat([ids[:n], ids[: len(ids) - n]]) for ids, n in zip(rows, kept, strict=True)]
+    other_ends, early = [], []  # rows whose last quarter is another, and how many watched losses come before that
+    for ids in rows:
+        kept = max(2, len(ids) * 3 // 4)
+        other_ends.append(torch.cat([ids[:kept], ids[: len(ids) - kept]]))
+        early.append(int(watched(len(ids))[:kept].sum()))
     try:
         with running_adapters(model) as ran:
             padded = losses(rows)
@@ -568,12 +579,8 @@ def measure(args, accelerator, model, labelled_logits, rows: list[Tensor], packe
         return mean_difference(a[part], b[part]) / max(noise, floor, 1e-30)
 
     every, longest, others = slice(None), slice(1), slice(1, None)
-    early = [int(watched(len(ids))[:n].sum()) for ids, n in zip(rows, kept, strict=True)]  # losses before the change
-    ahead = in_noise(
-        [values[:n] for values, n in zip(padded, early, strict=True)],
-        [values[:n] for values, n in zip(changed, early, strict=True)],
-        every,
-    )
+    before_the_ends = [values[:n] for values, n in zip(padded, early, strict=True)]
+    ahead = in_noise(before_the_ends, [values[:n] for values, n in zip(changed, early, strict=True)], every)
     if not packed:
         return Differences(ahead)
     room = max(2, args.max_tokens_per_micro_batch // len(rows))
