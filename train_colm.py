@@ -53,6 +53,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from colm_batches import (
@@ -502,6 +503,9 @@ def check_model(args, accelerator: Accelerator, model, labelled_logits: Labelled
     configs = attention_configs(model)
     model.eval()
     found = measure(args, accelerator, model, labelled_logits, check_rows(data), packed)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # without a backward pass the outermost weights stay whole: no checkpoint could be loaded
     figures = torch.tensor(found[:3], device=accelerator.device)
     ahead, apart, leaks = broadcast(figures).tolist() if accelerator.num_processes > 1 else figures.tolist()
     if not ahead <= AHEAD:
