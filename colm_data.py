@@ -1335,11 +1335,15 @@ def load_tokenizer(args):
         return demo_tokenizer()
     from transformers import AutoTokenizer
 
+    source = args.model
+    adapter = Path(source, "adapter_config.json")
+    if adapter.is_file() and not any(Path(source).glob("tokenizer*")):  # saved without one: its base model has it
+        source = json.loads(adapter.read_text()).get("base_model_name_or_path") or source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the hub, the tokenizers library and remote code each raise their own kinds
         raise UserError(
-            f"--model {args.model}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}): "
+            f"--model {source}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}): "
             "give a folder with config.json and a tokenizer, or a reachable hub id"
         ) from None
     if tokenizer.eos_token_id is None:

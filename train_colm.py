@@ -55,6 +55,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from colm_batches import (
@@ -785,14 +786,22 @@ def adopt_adapter(args, given: set[str]) -> None:
     if not is_adapter(args.model):
         return
     config = adapter_config(args.model)
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    own = {"lora_r": config.r, "lora_alpha": float(config.lora_alpha), "lora_dropout": config.lora_dropout}
-    own["lora_target_modules"] = targets
+    targets = config.target_modules or []
+    if isinstance(targets, str):  # a regular expression
+        targets = [targets]
+    own = {
+        "lora_r": config.r,
+        "lora_alpha": float(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": sorted(targets),
+    }
     for name, value in own.items():
         wanted = getattr(args, name)
-        same = sorted(wanted) == sorted(value) if isinstance(value, list) and wanted else wanted == value
-        if name in given and not same:
-            wanted, value = (" ".join(x) if isinstance(x, list) else x for x in (wanted, value))
+        if name == "lora_target_modules" and wanted:
+            wanted = sorted(wanted)
+        if name in given and wanted != value:
+            if name == "lora_target_modules":
+                wanted, value = " ".join(wanted), " ".join(value)
             raise UserError(f"--{name} {wanted}, but the adapter in {args.model} has {value}: drop the flag")
         setattr(args, name, value)
 
@@ -983,6 +992,9 @@ def check_model(args, accelerator: Accelerator, model, labelled_logits: Labelled
         raise UserError(f"--lora_target_modules: no adapter runs on text, such as {found.idle_adapter}: name others")
     if math.isnan(found.ahead):
         raise UserError(f"--model {args.model} gives losses that are not finite before training: give other weights")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # without a backward pass the outermost weights stay whole: no checkpoint could be loaded
     figures = torch.tensor([found.ahead, found.apart, found.leaks], device=accelerator.device)
     ahead, apart, leaks = broadcast(figures).tolist() if accelerator.num_processes > 1 else figures.tolist()
     if not ahead <= AHEAD:
