@@ -856,7 +856,8 @@ def load_adapter(model, folder: Path | str):
         raise
     except Exception as error:  # PEFT, torch and safetensors each raise their own kinds
         raise UserError(
-            f"the adapter in {folder} can't be read: {one_line(error)}: give another of this base model"
+            f"{folder}/adapter_model.safetensors can't be read ({one_line(error)}): "
+            "give another adapter of this base model"
         ) from None
     missing = sorted(peft.get_peft_model_state_dict(model).keys() - saved)
     if missing:  # PEFT only warns, and would train on from new weights
