@@ -113,7 +113,7 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
 def build_parser() -> Parser:
     parser = Parser("train_colm.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--config", help="YAML file of flags; the command line goes first")
+    add("--config", help="YAML file of flags; the command line overrides it")
     add("--model", help="folder or hub id of a causal LM; without it a tiny random model")
     add("--trust_remote_code", action=flag, default=False, help="run Python code that the model's repository ships")
     add("--train_file", nargs="+", help="files (.json, .jsonl, .csv, .parquet), globs or hub ids org/name:config:split")
@@ -152,7 +152,7 @@ def build_parser() -> Parser:
     add("--warmup_ratio", type=float, default=0.03)
     add("--weight_decay", type=float, default=0.0)
     add("--max_grad_norm", type=float, default=1.0)
-    add("--max_steps", type=int, help="optimizer steps; goes before --num_epochs")
+    add("--max_steps", type=int, help="optimizer steps; overrides --num_epochs")
     add("--num_epochs", type=float, default=1.0, help="passes of the pools over the data")
     add("--max_length", type=int, default=512, help="tokens; longer prompts are shortened from the left")
     add("--max_tokens_per_micro_batch", type=int, default=4096)
@@ -175,7 +175,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     config = Parser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     if path := config.parse_known_args(argv)[0].config:
-        argv = config_flags(path) + argv
+        argv = config_flags(path) + argv  # the last of two equal flags counts: the command line overrides the file
+    # Whether there is a model decides over the defaults, so the flags are parsed again with those of the demo.
     if parser.parse_args(argv).model is None:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
@@ -186,9 +187,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def flags_given(argv: list[str]) -> set[str]:
     """Names of the flags that stand in `argv`, rather than having their default."""
-    parser, absent = build_parser(), object()
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), absent))
-    return {name for name, value in vars(parser.parse_args(argv)).items() if value is not absent}
+    parser = build_parser()
+    names = vars(parser.parse_args([]))
+    absent = object()  # a default that no flag can have as its value
+    parser.set_defaults(**dict.fromkeys(names, absent))
+    given = set()
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not absent:
+            given.add(name)
+    return given
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -232,12 +239,16 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def seed_of(*parts) -> int:
-    """A seed for one purpose at one step: no generator needs saving, and none disturbs another."""
+    """A seed for one purpose at one step: no generator needs saving, and none disturbs another.
+
+    A hash, because sums such as seed + step would give step 1 of seed 0 and step 0 of seed 1 the same numbers.
+    """
     digest = hashlib.sha256(repr(parts).encode()).digest()  # DIFFERS 13: not one global generator for everything
-    return int.from_bytes(digest[:7], "big")
+    return int.from_bytes(digest[:7], "big")  # 56 bits: an int64 holds them, as broadcast needs
 
 
 def generator_of(*parts, device="cpu") -> torch.Generator:
+    """A generator for one purpose at one step: (seed, "pool", epoch), (seed, "pick", step), ..."""
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
@@ -260,8 +271,8 @@ class Run:
     probe: VProjectionProbe | None  # None where --selection needs none
     labelled_logits: LabelledLogits
     moments: AdamMoments
-    trained: list[torch.nn.Parameter]
-    modules: list[torch.nn.Module]
+    trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
+    modules: list[torch.nn.Module]  # all of the model's, for `set_training`
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
     comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
@@ -278,7 +289,9 @@ class Run:
     @property
     def inner(self) -> torch.nn.Module:
         """What probing and evaluation call: DDP's own forward would arm its reducer; FSDP2's gathers the weights."""
-        return self.model.module if isinstance(self.model, torch.nn.parallel.DistributedDataParallel) else self.model
+        if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+            return self.model.module
+        return self.model
 
     def set_training(self, training: bool) -> None:
         """Switch dropout on or off: what `model.train(training)` does, less its recursion, 3 ms of a 600 ms step."""
@@ -292,18 +305,23 @@ class Run:
         stand-in that keeps this rank's collectives in step with the others'; its results count for nothing. Each batch
         is put together while the device works on the one before.
         """
-        positions = torch.arange(len(rows)) if only is None else only
-        lengths = [data.length(row) for row in rows[positions].tolist()]
-        shortest = lengths.index(min(lengths))
+        if only is None:
+            only = torch.arange(len(rows))
+        lengths = [data.length(row) for row in rows[only].tolist()]
         plan = plan_micro_batches(lengths, max_tokens, self.ranks, self.args.packing)[self.accelerator.process_index]
         for i, members in enumerate(plan):
-            examples = [data.example(row) for row in rows[positions[members or [shortest]]].tolist()]
+            positions = only[members]  # [B]; the plan numbers the examples by their place in `only`
+            run_these = positions
+            if len(positions) == 0:  # other ranks have one micro-batch more: run the cheapest row beside them
+                run_these = only[[lengths.index(min(lengths))]]
+            examples = [data.example(row) for row in rows[run_these].tolist()]
             batch = pack(examples, self.args.max_length) if self.args.packing else collate(examples)
             if self.device.type == "cuda":
                 batch = batch.pin()  # only pinned memory is copied without waiting for the device
-            yield positions[members], batch.to(self.device), i + 1 == len(plan)
+            yield positions, batch.to(self.device), i + 1 == len(plan)
 
-    # The collectives of CoLM. Only the main process' wait for all ranks stands elsewhere.
+    # The collectives of CoLM stand here, and nowhere in the method. What runs once outside the steps has its own:
+    # `find_probe`, `check_model`, and the wait for all ranks at the end of `main`.
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, on every rank."""
@@ -322,7 +340,9 @@ class Run:
     def clip_gradients(self) -> Tensor:
         """Clip to --max_grad_norm; returns the norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is in parts
+        if hasattr(norm, "full_tensor"):  # FSDP2's is in parts, one on each rank
+            norm = norm.full_tensor()
+        return norm
 
     def trained_state(self) -> tuple[dict, dict]:
         """Trained weights and optimizer state, whole and on the host, on every rank."""
@@ -336,14 +356,15 @@ class Run:
 
 @lru_cache(maxsize=2)
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    """The rows of the training data in an epoch's order, [rows]; cached, as one epoch serves many steps."""
     return torch.randperm(rows, generator=generator_of(seed, "pool", epoch))
 
 
 def draw_pool(rows: int, size: int, seed: int, step: int) -> Tensor:
     """The large mini-batch M_t^L: rows [N] of step `step`, without replacement within an epoch of rows // N pools."""
-    epoch, position = divmod(step, rows // size)
+    epoch, pool_of_epoch = divmod(step, rows // size)  # the rows left over wait for another epoch's order
     order = epoch_order(rows, seed, epoch)
-    return order[position * size : (position + 1) * size]
+    return order[pool_of_epoch * size : (pool_of_epoch + 1) * size]
 
 
 @dataclass
@@ -352,10 +373,10 @@ class Choice:
 
     index: Tensor  # [K] positions, kept ones first
     weight: Tensor  # [N] of the examples' losses, 0 outside the coreset
-    kept: Tensor  # [N] bool: examples of small sources, which go before all others
+    kept: Tensor  # [N] bool: examples of small sources, which are chosen before all others
     moments: AdamMoments  # the history that includes this coreset; current once the step has succeeded
-    probe_tokens: int = 0
-    skipped_probes: int = 0
+    probe_tokens: int = 0  # tokens of the probed examples, for the log
+    skipped_probes: int = 0  # examples with a probe that is not finite
 
 
 TOKEN_POWER = {"uniform": 0.0, "sqrt": 0.5, "tokens": 1.0}  # --example_weights: a loss weighs its tokens to this power
@@ -376,46 +397,54 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     kept = thinned(run, small, step)  # [N]
     left_out = small & ~kept  # [N]
 
-    # 2. Baselines, and pools whose small sources fill the coreset: a uniform draw, kept examples first.
+    # 2. Baselines: the whole pool, or a uniform draw in which kept examples come first.
     if selection == "full":
         return uniform_choice(run, pool, torch.arange(len(pool)), kept)
     if selection == "random":
         kept = torch.zeros_like(kept)
-    if selection in ("random", "random_keep") or int(kept.sum()) >= k:
+    small_fill_it = int(kept.sum()) >= k  # DIFFERS 4: then a uniform draw of their rows, and nothing to probe
+    if selection in ("random", "random_keep") or small_fill_it:
         return uniform_choice(run, pool, draw_uniformly(~left_out, kept, k, generator), kept)
 
     # 3. Per-example gradients of the last V projection (Eq. 5-6), of this rank's share of the big sources' examples.
     probed = ~small  # [N]  DIFFERS 11: kept examples need no probe
     gradients = probe_pool(run, pool, probed, step)
     clock.mark("probe")
-    # With SPSA every rank knows all derivatives and does the rest alone; of exact gradients each rank holds its own.
-    all_reduce = run.all_reduce if args.probe == "grad" else one_process
+    all_reduce = run.all_reduce  # every rank holds the exact gradients of its own examples
+    if args.probe == "spsa":
+        all_reduce = one_process  # every rank knows the derivatives of all examples and does the rest alone
 
-    # 4. Adam normalisation (Eq. 3-4), then the h largest coordinates of each source (Table 4).
+    # 4. Adam normalisation (Eq. 3-4), then the h largest coordinates of each source (Table 4). `select_coreset` would
+    #    sparsify as well; here it comes before the exchange, so that ranks send h numbers for an example and not D.
     h = min(args.sparsify_dims, run.probe.dims)
     features = torch.zeros(len(pool), h, device=run.device)  # [N, h]
     for source in sources[probed].unique().tolist():
         of_source = probed & (sources == source)  # [N]
         normalized = run.moments.normalize(gradients.of(of_source))  # [n, D]
         features[of_source & gradients.held] = sparsify(normalized, h, all_reduce).float()  # [n, h]
-    features = all_reduce(features)
+    features = all_reduce(features)  # each row is 0 on all ranks but the one that holds it
 
-    # 5. Medoids of every big source within its budget (Eq. 8). Examples left out are neither kept nor candidates.
+    # 5. Medoids of every big source within its budget (Eq. 8). Examples that --keep_share leaves out are not kept, as
+    #    -1 is no source in `keep`, and no candidates, as their features are not finite.
     features[left_out] = math.nan
     their_sources = sources.masked_fill(left_out, -1)
     coreset = select_coreset(features, their_sources, k, run.keep, h, args.similarity, generator)
-    skipped = int((probed & ~features.isfinite().all(1).cpu()).sum())
+    finite = features.isfinite().all(1).cpu()  # [N]
+    skipped = int((probed & ~finite).sum())  # DIFFERS 3: counted and left aside
     if len(coreset.index) == 0:  # nothing kept, no probe finite: the loss will tell whether training can continue
         return uniform_choice(run, pool, draw_uniformly(~left_out, kept, k, generator), kept, skipped_probes=skipped)
-    index, cluster_size = run.broadcast(torch.stack(coreset))  # [K] each; rounding must not part the ranks
+    # Ranks compute the same coreset, up to rounding on unlike devices: the main process' is the one that counts.
+    index, cluster_size = run.broadcast(torch.stack(coreset))  # [K] each
 
-    # 6. The history becomes the mean over the selected examples of big sources (Eq. 3-4); `update` makes it current.
+    # 6. The history becomes the mean over the selected examples of big sources (Eq. 3-4), in a copy: the step may yet
+    #    fail, and then the history must stay as it was. `update` makes the copy current.
     medoids = torch.zeros_like(probed)
     medoids[index] = True
     medoids &= probed  # [N]
     moments = copy(run.moments)
     moments.update(gradients.of(medoids), all_reduce, count=int(medoids.sum()))
 
+    # 7. Weights of the losses: uniform; weighting by cluster size was worse in the paper.
     if args.medoid_weights == "uniform":
         cluster_size = torch.ones_like(cluster_size)
     weight = loss_weights(run, pool, index, cluster_size)
@@ -433,13 +462,16 @@ def draw_uniformly(candidates: Tensor, first: Tensor, k: int, generator: torch.G
     """Positions [k] of a uniform draw from the mask `candidates` [N] in which those of the mask `first` come first."""
     shuffled = torch.randperm(len(candidates), generator=generator)
     shuffled = shuffled[candidates[shuffled]]
-    goes_first = first[shuffled]
-    return torch.cat([shuffled[goes_first], shuffled[~goes_first]])[:k]
+    comes_first = first[shuffled]
+    return torch.cat([shuffled[comes_first], shuffled[~comes_first]])[:k]
 
 
 def loss_weights(run: Run, pool: Tensor, index: Tensor, examples: Tensor) -> Tensor:
-    """Weights [N] of the losses, 0 outside `index` [K]: `examples` [K] that each stands for, times
-    --example_weights' power of its supervised tokens."""
+    """Weights [N] of the losses, 0 outside the positions `index` [K].
+
+    A weight is how many `examples` [K] the position stands for, times its supervised tokens to the power that
+    --example_weights gives.
+    """
     tokens = run.train.supervised_tokens(pool[index])  # [K]
     weight = torch.zeros(len(pool))
     weight[index] = examples * tokens ** TOKEN_POWER[run.args.example_weights]
@@ -456,11 +488,11 @@ def thinned(run: Run, small: Tensor, step: int) -> Tensor:
     if args.keep_share == 1:
         return small
     share = args.keep_share + (1 - args.keep_share) * min(args.coreset_size, len(small)) / len(small)
-    positions = small.nonzero()[:, 0]
-    order = torch.randperm(len(positions), generator=generator_of(args.seed, "thin", step))
-    stay = torch.zeros_like(small)
-    stay[positions[order[: math.ceil(share * len(positions))]]] = True
-    return stay
+    positions = small.nonzero()[:, 0]  # [n]
+    shuffled = positions[torch.randperm(len(positions), generator=generator_of(args.seed, "thin", step))]
+    kept = torch.zeros_like(small)
+    kept[shuffled[: math.ceil(share * len(positions))]] = True
+    return kept
 
 
 @dataclass
@@ -475,7 +507,10 @@ class PoolGradients:
         """The gradients of the held examples among the mask `wanted` [N], in pool order, [m, D]."""
         positions = (wanted & self.held).nonzero()[:, 0]
         values = self.values[positions.to(self.values.device, non_blocking=True)]
-        return values if self.z is None else spsa_gradients(values, self.z)
+        if self.z is None:
+            return values
+        # With SPSA the [m, D] gradients are made of derivatives and z where they are needed: [N, D] would be large.
+        return spsa_gradients(values, self.z)
 
 
 def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradients:
@@ -491,7 +526,7 @@ def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradien
     held = torch.zeros_like(probed)
     for positions, batch, _ in run.micro_batches(run.train, pool, budget, only=probed.nonzero()[:, 0]):
 
-        def losses(batch=batch):
+        def losses(batch=batch):  # the probe calls it under its hooks, more than once for some models
             with run.accelerator.autocast():
                 return micro_batch_losses(run.inner, run.labelled_logits, batch)
 
@@ -500,8 +535,8 @@ def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradien
         else:
             rows = probe.gradients(losses, batch.per_example)  # [B, D]
         if values is None:
-            values = rows.new_zeros(len(pool), rows.shape[1])
-        values[positions.to(run.device, non_blocking=True)] = rows[: len(positions)]
+            values = rows.new_zeros(len(pool), rows.shape[1])  # [N, D] or [N, directions]
+        values[positions.to(run.device, non_blocking=True)] = rows[: len(positions)]  # none of a stand-in's
         held[positions] = True
     if args.probe == "spsa":  # a few numbers for each example: every rank gets them all
         values, held = run.all_reduce(values), probed
@@ -509,34 +544,44 @@ def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradien
 
 
 def probe_budget(args) -> int:
-    """Tokens of a micro-batch without backward: twice as many, unless memory is short."""
-    return args.max_tokens_per_micro_batch * (1 if args.gradient_checkpointing else 2)
+    """Tokens of a micro-batch without backward: twice as many, unless memory is short.
+
+    Without backward no layer keeps its activations, so twice the tokens fit where a training micro-batch does. Under
+    --gradient_checkpointing training keeps hardly more than this does.
+    """
+    if args.gradient_checkpointing:
+        return args.max_tokens_per_micro_batch
+    return 2 * args.max_tokens_per_micro_batch
 
 
 def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
     """z ~ N(0, I), [directions, d_v, r], the same on every rank (Eq. 5)."""
-    moment = step if args.direction == "step" else "run"  # DIFFERS 9: new at each step, unless asked otherwise
-    generator = generator_of(args.seed, "direction", moment, device=device)
+    drawn_for = step  # DIFFERS 9: new directions at each step, unless asked otherwise
+    if args.direction == "run":
+        drawn_for = "run"
+    generator = generator_of(args.seed, "direction", drawn_for, device=device)
     return torch.randn(args.num_directions, *probe.shape, generator=generator, device=device)
 
 
 def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> Tensor:
     """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
-    torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))
+    torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))  # each rank its own
+    # DIFFERS 10: shares of the whole coreset's weight, so that micro-batches and ranks can simply be added up
     share = (choice.weight.double() / choice.weight.double().sum()).float()  # [N], sums to 1
+    max_tokens = run.args.max_tokens_per_micro_batch
     run.set_training(True)
     total = torch.zeros((), device=run.device)
-    for positions, batch, last in run.micro_batches(
-        run.train, pool, run.args.max_tokens_per_micro_batch, only=choice.index
-    ):
-        with nullcontext() if last else run.accelerator.no_sync(run.model):  # gradients are added up once, at the end
+    for positions, batch, last in run.micro_batches(run.train, pool, max_tokens, only=choice.index):
+        # ranks add up their gradients once, in the backward pass of the last micro-batch
+        synchronisation = nullcontext() if last else run.accelerator.no_sync(run.model)
+        with synchronisation:
             with run.accelerator.autocast():
                 losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
             if len(positions) == 0:
-                loss = losses.sum() * 0  # a stand-in
+                loss = losses.sum() * 0  # a stand-in: its backward pass serves FSDP's collectives alone
             else:
                 loss = (losses * share[positions].to(run.device, non_blocking=True)).sum()
-            (loss * run.ranks).backward()  # DDP and FSDP take the mean over ranks
+            (loss * run.ranks).backward()  # DDP and FSDP2 take the mean over ranks, and the sum is wanted
         total += loss.detach()
     return run.all_reduce(total)
 
@@ -545,13 +590,15 @@ def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
     """Clip, step the optimizer and the history; returns the norm, None where it or the loss is not finite."""
     norm = run.clip_gradients()
     broken = (~torch.stack([loss, norm]).isfinite().all()).float()
-    run.optimizer.found_inf = broken  # if 1, fused AdamW changes neither weights nor moments, and nobody waits for it
+    # Reading `broken` here would have the host wait for the whole step. Fused AdamW reads it on the device instead, as
+    # from a gradient scaler: where it is 1, the step changes neither weights nor Adam's state.
+    run.optimizer.found_inf = broken
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     broken, norm = torch.stack([broken, norm]).tolist()  # the first wait for the device since the selection
     if broken:
         return None
-    run.moments = choice.moments
+    run.moments = choice.moments  # the step succeeded, so its coreset belongs to the history (Eq. 3-4)
     return norm
 
 
@@ -559,26 +606,27 @@ def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
 
 
 def train_loop(run: Run, start: int) -> None:
-    """The hand-rolled loop, from `start` steps done to --max_steps."""
+    """All steps of Algorithm 1, from the first that is not among the `start` done to --max_steps."""
     args, accelerator = run.args, run.accelerator
     if run.held_out is not None and not run.saved:
-        log_evaluation(run, 0)
+        log_evaluation(run, 0)  # the loss before training; a resumed run has it already
     quiet = not accelerator.is_main_process
     bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, disable=quiet)
     for step in bar:
-        # clusters stand in for sources where there are none (5.4)
+        # Clusters stand in for sources where there are none (5.4).
         if args.cluster_sources and step in clustering_steps(args):
             cluster_rows(run, step)
-        clock, run.comm_bytes = Clock(run.device), 0
+        clock = Clock(run.device)
+        run.comm_bytes = 0
 
-        # a large random pool M_t^L, the same on every rank
+        # A large random pool M_t^L, the same on every rank.
         pool = draw_pool(len(run.train), args.pool_size, args.seed, step)  # [N] rows of the training data
 
-        # its coreset: small sources whole, medoids of the big ones
+        # Its coreset S_t: small sources whole, medoids of the big ones.
         choice = choose_coreset(run, pool, step, clock)
         clock.mark("select")
 
-        # one optimizer update on the coreset alone
+        # One optimizer update on the coreset alone.
         loss = accumulate_gradients(run, pool, choice, step)
         lr = run.scheduler.get_last_lr()[0]
         norm = update(run, choice, loss)
@@ -591,14 +639,15 @@ def train_loop(run: Run, start: int) -> None:
         run.scheduler.step()
         clock.mark("train")
 
-        # records, held-out loss, checkpoints
-        done = step + 1
+        # Records, held-out loss, checkpoints.
+        done = step + 1  # what is written counts steps from 1
         last = done == args.max_steps
         log_step(run, done, pool, choice, clock, loss=loss.item(), lr=lr, grad_norm=norm)
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if run.held_out is not None and (last or (args.eval_every and done % args.eval_every == 0)):
             log_evaluation(run, done)
-        stop = bool(run.all_reduce(torch.tensor(float(run.stop is not None), device=run.device)))  # on any rank
+        # A signal may reach one rank alone, and a checkpoint takes all of them.
+        stop = bool(run.all_reduce(torch.tensor(float(run.stop is not None), device=run.device)))
         if stop or (args.save_every and (last or done % args.save_every == 0)):
             path = save_checkpoint(run, done)
         if stop and not last:
