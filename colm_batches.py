@@ -41,12 +41,18 @@ def plan_micro_batches(lengths: list[int], max_tokens: int, ranks: int, packed: 
 
 
 def _plan_packed(lengths: list[int], longest_first: list[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
-    """Fill as few bins as possible evenly: the longest example left goes into the emptiest bin."""
+    """Fill as few bins as possible evenly: the longest example left goes into the emptiest bin.
+
+    A bin is a micro-batch. The greedy rule keeps the largest load near the mean, and so the ranks in step.
+    """
     bins_per_rank = -(-sum(lengths) // (max_tokens * ranks))  # rounded up: fewer can't hold all tokens
     bins_per_rank = min(bins_per_rank, -(-len(lengths) // ranks))  # more would stay empty
     while True:
-        bins: list[list[int]] = [[] for _ in range(bins_per_rank * ranks)]
-        loads = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin): the emptiest is first
+        bins: list[list[int]] = []
+        loads = []  # a heap of (tokens, bin): the emptiest is first
+        for b in range(bins_per_rank * ranks):
+            bins.append([])
+            loads.append((0, b))
         for example in longest_first:
             tokens, b = loads[0]
             bins[b].append(example)
@@ -75,9 +81,10 @@ def _plan_padded(lengths: list[int], longest_first: list[int], max_tokens: int, 
             else:
                 micro_batches.append([example])
         plan.append(micro_batches)
-    most = max(len(micro_batches) for micro_batches in plan)
+    most = max(map(len, plan))
     for micro_batches in plan:
-        micro_batches.extend([] for _ in range(most - len(micro_batches)))
+        while len(micro_batches) < most:
+            micro_batches.append([])
     return plan
 
 
@@ -98,10 +105,19 @@ class MicroBatch(NamedTuple):
     longest: int = 0  # packed: at least the length of every example
 
     def to(self, device) -> MicroBatch:
-        return MicroBatch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> MicroBatch:
-        return MicroBatch(*(t.pin_memory() if isinstance(t, Tensor) else t for t in self))
+        """In page-locked memory, from which a GPU copies while the host continues."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The batch with `function` of every tensor in it."""
+        fields = self._asdict()
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                fields[name] = function(value)
+        return MicroBatch(**fields)
 
     def model_inputs(self) -> dict:
         inputs = {"input_ids": self.input_ids, "use_cache": False}
@@ -125,9 +141,10 @@ def collate(examples: Sequence[tuple[Tensor, Tensor]], pad_id: int = 0) -> Micro
     is supervised. Without a mask the fastest attention kernels can be used.
     """
     pad = nn.utils.rnn.pad_sequence
-    lengths = torch.tensor([len(ids) for ids, _ in examples])
-    input_ids = pad([ids.long() for ids, _ in examples], batch_first=True, padding_value=pad_id)  # [B, T]
-    supervised = pad([mask for _, mask in examples], batch_first=True)  # [B, T]
+    ids, masks = zip(*examples, strict=True)  # one [T] tensor of each for every example
+    lengths = torch.tensor([*map(len, ids)])  # [B]
+    input_ids = pad(ids, batch_first=True, padding_value=pad_id).long()  # [B, T]
+    supervised = pad(masks, batch_first=True)  # [B, T]
     owner, columns = supervised.nonzero(as_tuple=True)  # [M] each
     positions = owner * input_ids.shape[1] + columns - 1  # the token before predicts it
     return MicroBatch(input_ids, positions, input_ids[supervised], owner, supervised.sum(1), lengths)
@@ -137,19 +154,20 @@ def pack(examples: Sequence[tuple[Tensor, Tensor]], longest: int, multiple: int 
     """The same examples end to end in one row; `packed_attention` keeps them apart, `longest` bounds their lengths.
 
     The row is filled up to a multiple of `multiple` tokens, and `offsets` to a multiple of `slots` entries, so that few
-    different shapes occur: every new shape would make a compiled model compile again and the allocator search anew. The
-    filling is one more example, without labels.
+    different shapes occur: every new shape would make a compiled model compile again and the allocator search again.
+    The filling is one more example, without labels.
     """
-    total = sum(len(ids) for ids, _ in examples)
-    size = -(-total // multiple) * multiple
+    ids, masks = zip(*examples, strict=True)  # one [T_i] tensor of each for every example
+    total = sum(map(len, ids))
+    size = -(-total // multiple) * multiple  # T, rounded up
     filling = size - total
-    lengths = torch.tensor([*(len(ids) for ids, _ in examples), filling])  # [n + 1]
+    lengths = torch.tensor([*map(len, ids), filling])  # [n + 1]
     starts = lengths.cumsum(0) - lengths  # [n + 1]
-    entries = -(-(len(examples) + 2) // slots) * slots
+    entries = -(-(len(examples) + 2) // slots) * slots  # n + 1 starts and the end, rounded up
     offsets = torch.full((entries,), size, dtype=torch.int32)  # entries beyond the last example are empty examples
     offsets[: len(starts)] = starts
-    input_ids = F.pad(torch.cat([ids for ids, _ in examples]).long(), (0, filling))  # [T]
-    supervised = F.pad(torch.cat([mask for _, mask in examples]), (0, filling))  # [T]
+    input_ids = F.pad(torch.cat(ids).long(), (0, filling))  # [T]
+    supervised = F.pad(torch.cat(masks), (0, filling))  # [T]
     example_of = torch.repeat_interleave(lengths, output_size=size)  # [T]
     column = torch.arange(size) - starts[example_of]  # [T] position within its example
     columns = column.clamp(max=longest - 1)  # the filling may be longer than the model has positions
@@ -194,7 +212,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     window = kwargs.get("sliding_window")  # tokens a query sees, its own included
     if window is not None and window >= longest:
         window = None  # no example is long enough to notice
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d_head]
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, d_head] each
     if scaling is None:
         scaling = q.shape[-1] ** -0.5  # the kernels' own default would count the columns that they are padded with
     half = v.dtype in (torch.bfloat16, torch.float16)
@@ -213,7 +231,9 @@ def _padded_varlen(q, k, v, offsets, longest: int, window: int | None, scaling, 
     """The plain form: pad every example to the longest, attend, and take the real tokens back; [T, heads, d_v]."""
     total = len(q)
     offsets = offsets.unique()  # without empty slots
-    q, k, v = (unpack(x, offsets, longest).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d_head]
+    q = unpack(q, offsets, longest).transpose(1, 2)  # [n, heads, L, d_head]
+    k = unpack(k, offsets, longest).transpose(1, 2)
+    v = unpack(v, offsets, longest).transpose(1, 2)
     mask = None
     if window is not None:
         position = torch.arange(longest, device=q.device)
@@ -285,7 +305,7 @@ class LabelledLogits:
 
     def _select(self, module, args):
         if self.announced is None:
-            return None  # somebody else's forward, such as generation
+            return None  # a forward of another caller, such as generation
         batch, self.announced = self.announced, None
         hidden = args[0].reshape(-1, batch.input_ids.numel(), args[0].shape[-1])  # [C, B * T, d]
         return (hidden.index_select(1, batch.positions), *args[1:])  # [C, M, d]
@@ -316,7 +336,7 @@ def _scaled_softmax_(logits: Tensor, log_sum_exp: Tensor, scale: Tensor) -> None
 
 
 class LossKernels(NamedTuple):
-    """How `TokenCrossEntropy` goes over the logits.
+    """How `TokenCrossEntropy` works through the logits.
 
     Run as written, an operation makes a float32 copy of the rows it works on: 512 rows of 50,000 words are 100 MB, and
     enough to keep a GPU busy. Compiled, it makes none and takes all rows at once.
@@ -374,11 +394,14 @@ class Differences(NamedTuple):
 def check_rows(data: Sequence) -> list[Tensor]:
     """Token ids of seven rows of TokenizedRows: the longest, where windows and positions show, three of middle length,
     and the three shortest."""
-    places = [(rows.length(i), part, i) for part, rows in enumerate(data) for i in range(len(rows))]
+    places = []  # (length, data set, row) of every row
+    for part, rows in enumerate(data):
+        for i in range(len(rows)):
+            places.append((rows.length(i), part, i))
     places.sort()
     middle = max(0, len(places) // 2 - 1)
     chosen = [places[-1], *places[middle : middle + 3], *places[:3]]
-    chosen = (chosen * 7)[:7]  # where there are fewer rows
+    chosen = (chosen * 7)[:7]  # where there are fewer rows, some are taken twice
     return [data[part].example(i).ids.long() for _, part, i in chosen]
 
 
@@ -416,14 +439,16 @@ class PackingCheck:
             padded = self.token_losses(rows)
         if not torch.cat(padded).isfinite().all():
             return Differences(ahead=math.nan)
-        idle = next(iter(ran)) if ran and not any(ran.values()) else ""
+        idle = ""  # the first adapter, if none of them ran
+        if ran and not any(ran.values()):
+            idle = next(iter(ran))
         kept = [max(2, len(ids) * 3 // 4) for ids in rows]
         changed = []
         for ids, n in zip(rows, kept, strict=True):
             changed.append(torch.cat([ids[:n], ids[: len(ids) - n]]))
         changed = self.token_losses(changed)
 
-        # 2. The unit: how far the same losses move when all roundings fall anew.
+        # 2. The unit: how far the same losses move when every rounding falls differently.
         rounded = []
         for seed in range(2):
             with _rounding_errors(self.model, self.dtype, seed):
@@ -479,7 +504,7 @@ class PackingCheck:
         """
         plan = [list(range(len(rows)))]
         if not together:
-            plan = plan_micro_batches([len(ids) for ids in rows], self.max_tokens, 1, packed)[0]
+            plan = plan_micro_batches([*map(len, rows)], self.max_tokens, 1, packed)[0]
         device = self.model.get_input_embeddings().weight.device
         losses: list[Tensor] = [torch.zeros(0)] * len(rows)
         for members in plan:
@@ -505,8 +530,14 @@ def use_packed_attention(model: nn.Module) -> None:
 
 def attention_configs(model: nn.Module) -> list[tuple]:
     """The configs of a model and its parts, each with the name of its attention function, to be able to go back."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+    seen, found = set(), []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        seen.add(id(config))  # many modules share a config
+        found.append((config, config._attn_implementation))
+    return found
 
 
 def _mean_difference(a: list[Tensor], b: list[Tensor]) -> float:
@@ -515,7 +546,7 @@ def _mean_difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 @contextmanager
 def _rounding_errors(model: nn.Module, dtype: torch.dtype, seed: int):
-    """Embeddings off by one rounding error of `dtype` each, in a random direction: all later roundings fall anew.
+    """Embeddings off by one rounding error of `dtype` each, in a random direction, which changes all later roundings.
 
     Two batches of the same rows would not do: a GPU often gives them the same bits.
     """
@@ -559,7 +590,7 @@ def mean_hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
 
     def capture(module, args):
         seen.append(batch.per_example(args[0]).float())  # [n, L, d]
-        return (args[0][:, :1], *args[1:])  # nobody needs the logits
+        return (args[0][:, :1], *args[1:])  # the logits are not used: one position is enough
 
     with model.get_output_embeddings().register_forward_pre_hook(capture):  # the hook lasts for this block
         model(**batch.model_inputs())

@@ -19,9 +19,10 @@ trainer; a step in your own loop reads
     batch = {name: tensor[coreset.index] for name, tensor in pool.items()}
     example_losses(model, batch).mean().backward()
 
-Symbols: N pool size, K coreset size, B rows and T tokens of a micro-batch, D probed numbers (V rows x LoRA rank), h
-kept coordinates, S sources, C copies of a batch. A comment `DIFFERS n` stands on a line that departs from the paper or
-its official code; the README gives the reason under the same number.
+Symbols: N pool size, K coreset size, B rows and T tokens of a micro-batch, n its examples (B, unless rows are packed)
+or the rows of one source, D probed numbers (V rows x LoRA rank), h kept coordinates, S sources, C copies of a batch. A
+comment `DIFFERS n` stands on a line that departs from the paper or its official code; the README gives the reason under
+the same number.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def one_process(tensor: Tensor) -> Tensor:
 def small_sources(counts: Mapping[Hashable, int]) -> set:
     """Sources with fewer than |V| / c training examples (below the mean size): all their examples are kept (4.1)."""
     total = sum(counts.values())
-    return {source for source, count in counts.items() if count * len(counts) < total}
+    small = set()
+    for source, count in counts.items():
+        if count * len(counts) < total:  # count < |V| / c, without rounding
+            small.add(source)
+    return small
 
 
 def allocate_budget(counts: Tensor, budget: int, generator: torch.Generator | None = None) -> Tensor:
@@ -61,9 +66,9 @@ def allocate_budget(counts: Tensor, budget: int, generator: torch.Generator | No
 
     b_q = (K - |S_s|) |V_q| / (N - |S_s|), with `budget` = K - |S_s| and the counts those of the big sources.
 
-    The shares are rounded down, and what is left goes out one by one to the smallest shares, as in the official code.
-    Where shares tie, `generator` (the global one if None) decides who gets it. An order by position would starve the
-    sources that stand late in a file: of 280 sources with one row each, the last third was never trained on.
+    The shares are rounded down, and what is left is given one by one to the smallest shares, as in the official code.
+    Where shares tie, `generator` (the global one if None) decides which source gets it. An order by position would
+    starve the sources that stand late in a file: of 280 sources with one row each, the last third was never trained on.
     """
     counts = counts.long()
     total = int(counts.sum())
@@ -71,11 +76,13 @@ def allocate_budget(counts: Tensor, budget: int, generator: torch.Generator | No
         raise ValueError(f"budget {budget} is negative: it must be 0 or more")
     if budget >= total:
         return counts.clone()
-    shares = counts * budget // total  # [S]; every share lies below its count, since budget < total
-    left = budget - int(shares.sum())  # below S
-    shuffled = torch.randperm(len(counts), generator=generator).to(counts.device)
-    open_to_more = torch.where(shares < counts, shares, total)  # DIFFERS 1: no budget exceeds its source's count
-    smallest_first = shuffled[open_to_more[shuffled].argsort(stable=True)]  # DIFFERS 1: ties are drawn
+    shares = counts * budget // total  # [S]; below the count of every source that has rows, since budget < total
+    left = budget - int(shares.sum())  # less than one for each source that has rows: no source gets two
+    # a source whose share is its count (both are 0) stands last in line
+    order_key = torch.where(shares < counts, shares, total)  # [S]   DIFFERS 1: no budget exceeds its source's count
+    # a stable sort leaves ties in the order in which they come: a random one
+    shuffled = torch.randperm(len(counts), generator=generator).to(counts.device)  # DIFFERS 1: ties are drawn
+    smallest_first = shuffled[order_key[shuffled].argsort(stable=True)]  # [S]
     shares[smallest_first[:left]] += 1
     return shares
 
@@ -89,18 +96,23 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
     where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    inputs = {"input_ids": batch["input_ids"]}
+    if "attention_mask" in batch:  # without one no row is padded, or all are on the right
+        inputs["attention_mask"] = batch["attention_mask"]
     logits = model(**inputs, use_cache=False).logits  # [C * B, T, V]
     labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
-    copies = len(logits) // len(labels)
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    copies = len(logits) // len(labels)  # C
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # bf16 would round the losses
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
     sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
     return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
 
 
 def spsa_gradients(derivatives: Tensor, z: Tensor) -> Tensor:
-    """g_i = mean over directions of derivative_ik z_k (Eq. 6): [n, directions] and [directions, ...] -> [n, D]."""
+    """g_i = mean over directions k of derivative_ik z_k (Eq. 6).
+
+    `derivatives` [n, directions] are those of `VProjectionProbe.spsa`, `z` [directions, d_v, r]; returns [n, D].
+    """
     return derivatives @ z.flatten(1) / len(z)
 
 
@@ -128,7 +140,7 @@ class VProjectionProbe:
         self.layer = model.get_submodule(found.layer)
         self.layers = model.get_submodule(found.layer.rpartition(".")[0])  # the nn.ModuleList of all layers
         position = [*self.layers].index(self.layer)
-        self.layers_behind = self.layers[position + 1 :]  # without attention of their own; none in most models
+        self.layers_behind = self.layers[position + 1 :]  # layers without attention; none in most models
         self.rows = torch.tensor(found.rows)  # [d_v] output channels of the projection
         width = found.d_in
         if adapter := self._adapter():
@@ -138,11 +150,11 @@ class VProjectionProbe:
         self.dims = math.prod(self.shape)
         self._warned = False
 
-    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    def gradients(self, losses: Callable[[], Tensor], per_example: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Exact per-example gradients of the probed matrix, [n, D]: what Eq. 6 estimates.
 
         `losses()` runs the model on a micro-batch and returns per-example losses [1, n] (`example_losses`). Where rows
-        are not examples, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end.
+        are not examples, as in packed batches, `per_example` turns [B, T, d] into [n, L, d], zero beyond each end.
 
         With V_t = B a_t and a_t = scaling A x_t, the gradient of example i is G_i = sum_t delta_it a_it^T, where
         delta = dL/dV. Autograd runs from V onward only: V becomes a leaf, so no layer before it keeps anything for the
@@ -156,47 +168,55 @@ class VProjectionProbe:
             rows = self._rows_on(output.device)
             v = output.index_select(-1, rows).requires_grad_()  # [B, T, d_v]
             taped.append((a, v))
-            return output.index_copy(-1, rows, v)
+            return output.index_copy(-1, rows, v)  # the projection may be wider than V, as a fused [q k v] is
 
         with torch.no_grad(), self._tail_as_written(), self.module.register_forward_hook(make_leaf):
-            loss = losses().sum()
+            loss = losses().sum()  # an example's loss depends on its own tokens alone: the sum keeps them apart
             self._check_runs(len(taped), 1)
             a, v = taped[0]
-            (delta,) = torch.autograd.grad(loss, v)  # [B, T, d_v]   # DIFFERS 5
+            (delta,) = torch.autograd.grad(loss, v)  # [B, T, d_v]   DIFFERS 5: exact, where two losses estimate it
         a, delta = a.flatten(1, -2), delta.flatten(1, -2)  # latent attention has [B, 1, T, d]
-        a, delta = per_example(a), per_example(delta)  # [n, L, r] and [n, L, d_v]
+        if per_example is not None:
+            a, delta = per_example(a), per_example(delta)  # [n, L, r] and [n, L, d_v]
         dtype = torch.promote_types(a.dtype, torch.float32)
         return torch.einsum("nto,nti->noi", delta.to(dtype), a.to(dtype)).flatten(1)  # [n, D]
 
     @torch.no_grad()
     def spsa(self, losses: Callable[[], Tensor], z: Tensor, eps: float = 1e-3, wide_tail: bool = True) -> Tensor:
-        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example, [B, n] (Eq. 5).
+        """Central differences [L_i(w + eps z_k) - L_i(w - eps z_k)] / (2 eps) of every example (Eq. 5).
 
-        `z` is [n, d_v, r]. No weight is written: B + eps z adds eps (scaling A x) z^T to V, and so does a hook.
-        `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 -> float64): in
-        the model's own, the difference of two nearly equal losses is mostly rounding.
+        `losses()` runs the model on a micro-batch and returns the losses of its n examples in all copies, [C, n]
+        (`example_losses`). Returns [n, directions]; `spsa_gradients` makes gradients of them.
 
-        The layers before the last run once. The last layer runs once for each signed direction, and the C = 2n copies
-        of its output travel together, as C * B rows, through the final norm and the head. Some models can't take more
-        rows behind the layer than before it: they reshape, or run more layers with masks of B rows. There the forward
-        is repeated for each copy, and the layers before return what they returned the first time.
+
+        `z` is [directions, d_v, r]. No weight is written: B + eps z adds eps (scaling A x) z^T to V, and so does a
+        hook. `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 ->
+        float64): in the model's own, the difference of two nearly equal losses is mostly rounding.
+
+        The layers before the last run once. The last layer runs once for each signed direction, and the C = 2
+        directions copies of its output travel together, as C * B rows, through the final norm and the head. Some models
+        can't take more rows behind the layer than before it: they reshape, or run more layers with masks of B rows.
+        There the forward is repeated for each copy, and the layers before return what they returned the first time.
         """
         self._warn_once()
         wide_tail = wide_tail and self.found.wide
         shifts = torch.cat([eps * z, -eps * z])  # [C, d_v, r]
         with self._tail_as_written():
             if self.found.stackable:
-                values = self._perturbed_losses(losses, shifts, wide_tail)  # [C, B]
+                values = self._perturbed_losses(losses, shifts, wide_tail)  # [C, n]
             else:
+                singly = []
                 with _remembered(self.layers[: self.found.before]):
-                    singly = [self._perturbed_losses(losses, shift, wide_tail) for shift in shifts.split(1)]
-                values = torch.cat(singly)  # [C, B]
-        plus, minus = values.chunk(2)  # [n, B] each
-        return (plus - minus).T / (2 * eps)
+                    for shift in shifts.split(1):
+                        singly.append(self._perturbed_losses(losses, shift, wide_tail))  # [1, n]
+                values = torch.cat(singly)  # [C, n]
+        plus, minus = values.chunk(2)  # [directions, n] each
+        return (plus - minus).T / (2 * eps)  # [n, directions]
 
     def _perturbed_losses(self, losses: Callable[[], Tensor], shifts: Tensor, wide_tail: bool) -> Tensor:
-        """L_i(w + shift) for each of `shifts` [C, d_v, r] in one forward, [C, B]."""
+        """L_i(w + shift) for each of `shifts` [C, d_v, r] in one forward, [C, n]."""
         layer_forward, model_forward = self.layer.forward, self.model.forward
+        # what the three functions below share: the copy's perturbation, how often V ran, and what ends with the forward
         now = SimpleNamespace(shift=None, runs=0, tail=None)
 
         def add_perturbation(module, args, output):
@@ -206,15 +226,15 @@ class VProjectionProbe:
             return output.index_add(-1, self._rows_on(output.device), change.to(output.dtype))
 
         def run_layer(*args, **kwargs):
-            fresh = Tensor.clone
+            fresh = Tensor.clone  # every copy gets inputs of its own: a layer may write into them
             if wide_tail:  # DIFFERS 6: from here until the forward of the model returns
                 mode = now.tail.enter_context(_wider_precision((args, kwargs)))
                 for module in self._gathered:
                     now.tail.enter_context(_unwidened_gathering(module, mode))
                 fresh = mode.widened
             outputs = []
-            for now.shift in shifts:
-                # every copy has inputs of its own: a layer may write into them
+            for shift in shifts:
+                now.shift = shift  # for the hook on V, which the layer runs
                 outputs.append(layer_forward(*_map_tensors(fresh, args), **_map_tensors(fresh, kwargs)))
             return _stacked(outputs)
 
@@ -234,15 +254,18 @@ class VProjectionProbe:
 
     @cached_property
     def _gathered(self) -> list[nn.Module]:
-        """Modules whose weights FSDP2 gathers; first asked for when probing, and wrapped by then."""
+        """Modules whose weights FSDP2 gathers. Found when they are first needed: by then the model is wrapped."""
         return [module for module in self.model.modules() if hasattr(module, "unshard")]
 
     def _adapter(self) -> tuple[nn.Module, float] | None:
         """(lora_A, scaling) of the active LoRA adapter, or None."""
-        active = [a for a in getattr(self.module, "active_adapters", ()) if a in getattr(self.module, "lora_A", ())]
-        if not active or self.module.disable_adapters or self.module.merged:
+        has_lora = hasattr(self.module, "lora_A") and hasattr(self.module, "active_adapters")  # as PEFT writes it
+        if not has_lora or self.module.disable_adapters or self.module.merged:
             return None
-        return self.module.lora_A[active[0]], self.module.scaling[active[0]]
+        for name in self.module.active_adapters:
+            if name in self.module.lora_A:  # an adapter may leave this projection out
+                return self.module.lora_A[name], self.module.scaling[name]
+        return None
 
     def _low_rank_input(self, x: Tensor) -> Tensor:
         """What the probed matrix multiplies: scaling * lora_A(x) [B, T, r], or x itself [B, T, d_in]."""
@@ -297,7 +320,7 @@ class AdamMoments:
     def normalize(self, g: Tensor) -> Tensor:
         """The feature of every gradient, [N, D] -> [N, D]."""
         b1, b2 = self.betas
-        m, v = (0.0, 0.0) if self.m is None else (self.m, self.v)
+        m, v = self._history()
         t = self.updates + 1  # DIFFERS 2: bias correction counts the updates of this history, not the global steps
         m_hat = (b1 * m + (1 - b1) * g) / (1 - b1**t)  # [N, D]
         v_hat = (b2 * v + (1 - b2) * g.square()) / (1 - b2**t)  # [N, D]
@@ -309,16 +332,23 @@ class AdamMoments:
         When ranks hold different rows, `g` [0..M, D] are this rank's, and `count` is M. The tensors m and v are
         replaced, not written, so a shallow copy of this object keeps the history of before.
         """
-        count = len(g) if count is None else count
+        if count is None:
+            count = len(g)
         if count == 0:
             return
         b1, b2 = self.betas
         mean_g = all_reduce(g.sum(0)) / count  # [D]
         mean_g_squared = all_reduce(g.square().sum(0)) / count  # [D]
-        m, v = (0.0, 0.0) if self.m is None else (self.m, self.v)
+        m, v = self._history()
         self.m = b1 * m + (1 - b1) * mean_g  # the mean of m_i: the history m is common to all of them
         self.v = b2 * v + (1 - b2) * mean_g_squared
         self.updates += 1
+
+    def _history(self) -> tuple[Tensor | float, Tensor | float]:
+        """m and v [D], or 0 before the first update: how many numbers a gradient has is not known before it."""
+        if self.m is None:
+            return 0.0, 0.0
+        return self.m, self.v
 
     def state_dict(self) -> dict:
         return {"m": self.m, "v": self.v, "updates": self.updates}
@@ -334,25 +364,30 @@ def sparsify(x: Tensor, h: int, all_reduce: AllReduce = one_process) -> Tensor:
     """Keep the h coordinates with the largest |mean over rows|, [n, D] -> [n, min(h, D)] (4.2, Table 4).
 
     `x` are the features of one source; when ranks hold different rows of it, `all_reduce` adds up their sums. A row
-    that is not finite counts for nothing in the mean and comes out as NaN.
+    that is not finite counts for nothing in the mean, and is not finite afterwards either.
     """
     if h >= x.shape[1]:
         return x
     broken = ~x.isfinite().all(1, keepdim=True)  # [n, 1]
     sums = all_reduce(x.masked_fill(broken, 0).sum(0))  # DIFFERS 3: one row that is not finite spoils no other
-    magnitude = sums.abs()  # [D]; the mean's order is the sum's
+    magnitude = sums.abs()  # [D]; in the same order as those of the mean
 
     # DIFFERS 8: magnitudes within 1/4096 of the largest are ties, and ties go to the lowest coordinate. Without a
     # history all features are +-1 and their sums small whole numbers, so most coordinates tie; then rounding, and with
     # it the number of ranks, would choose. 4096 steps lie far above rounding and tell apart the sums of 4096 such rows.
     steps = (magnitude * (4096 / magnitude.max().clamp_min(1e-30))).round().long()  # [D]
+    # One key for both orders, by steps and then by the lowest coordinate: `topk` itself leaves open which of two ties
+    # it takes.
     dims = len(steps)
-    unique_keys = steps * dims - torch.arange(dims, device=x.device)  # orders by steps, then by lowest coordinate
+    unique_keys = steps * dims - torch.arange(dims, device=x.device)  # [D]
     coordinates = unique_keys.topk(h).indices  # [h]
     return x[:, coordinates].masked_fill(broken, math.nan)
 
 
 # ------------------------------------------------------------------------------------------------- medoids (4.2, Eq. 8)
+
+
+NORM = {"l1": 1.0, "l2": 2.0}  # the p of each metric's distance (sum |x - y|^p)^(1/p)
 
 
 def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
@@ -363,12 +398,11 @@ def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
     if metric == "cosine":
         x = F.normalize(x, dim=1)
         return x @ x.T
-    if metric not in ("l1", "l2"):
+    if metric not in NORM:
         raise ValueError(f"metric {metric!r} is unknown: use l1, l2 or cosine")
-    p = 1.0 if metric == "l1" else 2.0
     # by differences: the shortcut through |x|^2 + |y|^2 - 2 xy loses small distances between large rows
-    distance = torch.cdist(x, x, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-    if distance.numel() == 0:
+    distance = torch.cdist(x, x, p=NORM[metric], compute_mode="donot_use_mm_for_euclid_dist")
+    if distance.numel() == 0:  # no rows have no largest distance
         return distance
     return distance.max() - distance
 
@@ -383,7 +417,7 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
     """Greedy maximiser of sum_i max_{s in S} similarity[i, s] over |S| = k (Eq. 8), in float64 on its own device.
 
     Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
-    earlier medoid wins a tie, and every medoid serves itself). A row that nobody serves counts 0, as in the official
+    earlier medoid wins a tie, and every medoid serves itself). A row that none serves counts 0, as in the official
     code. `scale` is the size of what was rounded when the similarities were computed, by default the largest of them.
     """
     n = len(similarity)
@@ -400,7 +434,7 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
     best = similarity.new_zeros(n)  # [N] how well each row is served so far
     picked = torch.zeros_like(best, dtype=torch.bool)  # [N]
     index = []
-    for _ in range(k):
+    for _ in range(k):  # every step adds the row that raises the objective most
         gain = (similarity - best[:, None]).clamp_(min=0).sum(0)  # [N] what each candidate would add
         gain.masked_fill_(picked, -math.inf)
         # DIFFERS 7: ties go to the lowest index. They are the rule: one SPSA direction puts all rows on a line, where
@@ -460,7 +494,7 @@ def select_coreset(
     budgets = allocate_budget(counts, k - len(kept), generator)
 
     # medoids of each big source within its budget (4.2)
-    index, weight = [kept], [torch.ones_like(kept)]
+    index, weight = [kept], [torch.ones_like(kept)]  # a kept row stands for itself
     for source, budget in zip(big_sources, budgets.tolist(), strict=True):
         rows = (usable & (sources == source)).nonzero()[:, 0]  # [n]
         x = sparsify(features[rows.to(features.device)], h)  # [n, h]
@@ -468,7 +502,7 @@ def select_coreset(
         if metric == "cosine":
             scale = similarity.abs().max()
         else:  # distances are differences of rows, and as inexact as the largest row
-            scale = torch.linalg.vector_norm(x, ord=1 if metric == "l1" else 2, dim=1).max()
+            scale = torch.linalg.vector_norm(x, ord=NORM[metric], dim=1).max()
         if len(rows) <= 256:  # the greedy loop is a hundred tiny operations: starting them on a GPU takes longer
             similarity = similarity.cpu()
         medoids, sizes = facility_location(similarity, budget, scale)
@@ -504,7 +538,8 @@ def k_means(
         return all_reduce(x[rows == number].sum(0))
 
     def distances() -> Tensor:
-        return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")  # [n, clusters]
+        """Of this rank's rows from the present centres, [n, clusters]."""
+        return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
     x = x - all_reduce(x.sum(0)) / total  # hidden states have a large part in common, which would cost precision
 
@@ -520,7 +555,7 @@ def k_means(
         centres = torch.cat([centres, row(drawn)[None]])
 
     # Lloyd: every row to its nearest centre, every centre to the mean of its rows, until no row moves
-    owner = torch.full_like(rows, -1)
+    owner = torch.full_like(rows, -1)  # [n] the cluster of each of this rank's rows
     for _ in range(iterations):
         before = owner
         distance, owner = distances().min(1)  # [n] each
@@ -529,6 +564,7 @@ def k_means(
         member = F.one_hot(owner, clusters).to(x)  # [n, clusters]; a product adds up in the same order each time
         counts = all_reduce(member.sum(0))
         centres = all_reduce(member.T @ x) / counts.clamp_min(1)[:, None]
+        # an empty cluster starts again at the row that its own centre serves worst
         farthest_first = of_all_rows(distance).argsort(descending=True, stable=True).tolist()
         for empty in (counts == 0).nonzero()[:, 0].tolist():
             centres[empty] = row(farthest_first.pop(0))
@@ -576,7 +612,10 @@ def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProj
     projections = _linear_projections(model)
     named = projections
     if module_name is not None:
-        matches = [m for name, m in model.named_modules() if name == module_name or name.endswith("." + module_name)]
+        matches = []
+        for name, module in model.named_modules():
+            if name == module_name or name.endswith("." + module_name):
+                matches.append(module)
         named = projections.intersection(matches)
         if not matches:
             raise ValueError(_candidates(model, f"no module is named {module_name}"))
@@ -636,9 +675,12 @@ def _enclosing_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 def _candidates(model: nn.Module, problem: str) -> str:
     projections = _linear_projections(model)
-    names = [name for name, module in model.named_modules() if module in projections]
-    last = [name for name in names if any(part.isdigit() for part in name.split("."))][-12:]
-    return f"can't find the last V projection ({problem}): name one with --probe_module, such as {', '.join(last)}"
+    names = []
+    for name, module in model.named_modules():
+        if module in projections and any(map(str.isdigit, name.split("."))):  # a number: inside a list of layers
+            names.append(name)
+    last = ", ".join(names[-12:])
+    return f"can't find the last V projection ({problem}): name one with --probe_module, such as {last}"
 
 
 @contextmanager
@@ -727,7 +769,7 @@ class _AttentionWatch(TorchFunctionMode):
             query, key, value = [*args[:3], *named]
             self.attentions.append(_Attention(value, (query, key)))
         elif name in self.PRODUCTS:
-            self._note_product([x for x in _flat(args) if isinstance(x, Tensor)])
+            self._note_product(_tensors(args))
         elif name == "softmax" or (name in self.KEEP_PROBABILITIES and any(map(self._is_probability, args))):
             self.probabilities[id(out)] = out
         return out
@@ -755,7 +797,7 @@ def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[n
     problem = f"none of {len(modules)} projections becomes the value of a softmax attention"
     for attention in reversed(ran.attentions):
         in_value = _channels_reaching((attention.value,), leaves)
-        if not any(channels.any() for channels in in_value):
+        if not any(map(Tensor.any, in_value)):
             continue
         in_others = _channels_reaching(attention.others, leaves)
         for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
@@ -873,7 +915,7 @@ def _wider_precision(inputs):
 
     The next wider one is that after autocast's, or after that of the first floating tensor in `inputs`.
     """
-    floating = [x for x in _flat(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+    floating = [x for x in _tensors(inputs) if x.is_floating_point()]
     kind, dtype = floating[0].device.type, floating[0].dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -962,7 +1004,8 @@ class _Wider(TorchFunctionMode):
         if name in self.IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             # the target must stay the tensor that it is, and takes values of its own precision
             target, *rest = args
-            return func(target, *(self._like(target, x) for x in rest), **kwargs)
+            rest = [self._like(target, x) for x in rest]
+            return func(target, *rest, **kwargs)
         kwargs = {key: self.widened(value) for key, value in kwargs.items()}
         if name == "full":
             kwargs.setdefault("dtype", self.dtype)  # the least float64 does not fit in the default float32
@@ -1028,13 +1071,17 @@ def _map_tensors(function: Callable, x):
     return x
 
 
-def _flat(x) -> list:
-    """The leaves of nested tuples, lists and dictionaries."""
-    if isinstance(x, (tuple, list)):
-        return [leaf for item in x for leaf in _flat(item)]
+def _tensors(x) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(x, Tensor):
+        return [x]
     if isinstance(x, dict):
-        return _flat([*x.values()])
-    return [x]
+        x = [*x.values()]
+    found = []
+    if isinstance(x, (tuple, list)):
+        for item in x:
+            found.extend(_tensors(item))
+    return found
 
 
 @contextmanager

@@ -7,7 +7,8 @@ arXiv 2407.19580v4. The mathematics is in colm_core.py; this file wires it to Ac
     accelerate launch --config_file accelerate_configs/single_gpu.yaml train_colm.py \\
         --model microsoft/phi-2 --train_file MathInstruct.json --output_dir out
 
-Where to read: `choose_coreset` is the method, `train_loop` the loop. Details worth knowing:
+Where to read: `train_loop` is the loop; each step calls `draw_pool`, `choose_coreset` (the method, with `probe_pool`
+for the gradients), `accumulate_gradients` and `update`, which stand in this order before it. Details worth knowing:
  1. Everything about a pool is a tensor or a mask over its N positions. `pool[position]` is a row of the training data.
  2. All ranks draw the same pool from (seed, epoch) and know the whole coreset: ranks exchange scalars, features and
     indices, never examples. A resumed run needs no sampler state.
@@ -274,7 +275,7 @@ class Run:
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
-    comm_bytes: int = 0  # what this rank handed to the collectives below; the wrappers' own gradients are not in it
+    comm_bytes: int = 0  # what this rank gave to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
     stop: str | None = None  # the signal that asked the run to end
 
@@ -321,7 +322,7 @@ class Run:
             yield positions, batch.to(self.device), i + 1 == len(plan)
 
     # The collectives of CoLM stand here, and nowhere in the method. What runs once outside the steps has its own:
-    # `find_probe`, `check_model`, and the wait for all ranks at the end of `main`.
+    # `find_projection`, `check_model`, and the wait for all ranks at the end of `main`.
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, on every rank."""
@@ -425,7 +426,7 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     features = all_reduce(features)  # each row is 0 on all ranks but the one that holds it
 
     # 5. Medoids of every big source within its budget (Eq. 8). Examples that --keep_share leaves out are not kept, as
-    #    -1 is no source in `keep`, and no candidates, as their features are not finite.
+    #    -1 is not in `keep`, and are no candidates, as their features are not finite.
     features[left_out] = math.nan
     their_sources = sources.masked_fill(left_out, -1)
     coreset = select_coreset(features, their_sources, k, run.keep, h, args.similarity, generator)
@@ -448,7 +449,7 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     if args.medoid_weights == "uniform":
         cluster_size = torch.ones_like(cluster_size)
     weight = loss_weights(run, pool, index, cluster_size)
-    tokens = sum(run.train.length(row) for row in pool[probed].tolist())
+    tokens = sum(map(run.train.length, pool[probed].tolist()))
     return Choice(index, weight, kept, moments, probe_tokens=tokens, skipped_probes=skipped)
 
 
@@ -517,14 +518,14 @@ def probe_pool(run: Run, pool: Tensor, probed: Tensor, step: int) -> PoolGradien
     """Zeroth-order or exact gradients of the last V projection for the examples of the mask `probed` [N] (Eq. 5-6)."""
     args, probe = run.args, run.probe
     run.set_training(False)  # dropout would be noise in the signal
-    budget = probe_budget(args)
+    max_tokens = probe_budget(args)
     z = None
     if args.probe == "spsa":
         z = directions(args, probe, step, run.device)
-        budget = max(1, budget // args.num_directions)  # the head sees two copies of a row for each direction
-    values = None
+        max_tokens = max(1, max_tokens // args.num_directions)  # the head sees two copies of a row for each direction
+    values = None  # its width is known after the first micro-batch
     held = torch.zeros_like(probed)
-    for positions, batch, _ in run.micro_batches(run.train, pool, budget, only=probed.nonzero()[:, 0]):
+    for positions, batch, _ in run.micro_batches(run.train, pool, max_tokens, only=probed.nonzero()[:, 0]):
 
         def losses(batch=batch):  # the probe calls it under its hooks, more than once for some models
             with run.accelerator.autocast():
@@ -566,13 +567,14 @@ def directions(args, probe: VProjectionProbe, step: int, device) -> Tensor:
 def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> Tensor:
     """Gradient of the coreset loss sum_i w_i L_i / sum_i w_i into .grad; returns the loss."""
     torch.manual_seed(seed_of(run.args.seed, "dropout", step, run.accelerator.process_index))  # each rank its own
-    # DIFFERS 10: shares of the whole coreset's weight, so that micro-batches and ranks can simply be added up
-    share = (choice.weight.double() / choice.weight.double().sum()).float()  # [N], sums to 1
+    # With shares of the whole coreset's weight, what micro-batches and ranks compute can simply be added up.
+    weight = choice.weight.double()
+    share = (weight / weight.sum()).float()  # [N]   DIFFERS 10: sums to 1 over the coreset, not over a micro-batch
     max_tokens = run.args.max_tokens_per_micro_batch
     run.set_training(True)
     total = torch.zeros((), device=run.device)
     for positions, batch, last in run.micro_batches(run.train, pool, max_tokens, only=choice.index):
-        # ranks add up their gradients once, in the backward pass of the last micro-batch
+        # Ranks add up their gradients once, in the backward pass of the last micro-batch.
         synchronisation = nullcontext() if last else run.accelerator.no_sync(run.model)
         with synchronisation:
             with run.accelerator.autocast():
@@ -658,16 +660,17 @@ def train_loop(run: Run, start: int) -> None:
 
 def log_step(run: Run, done: int, pool: Tensor, choice: Choice, clock: Clock, **values: float) -> None:
     """One line in metrics.jsonl, one in selection.jsonl, and the same for --report_to."""
-    rows = pool[choice.index]
+    rows = pool[choice.index]  # [K] rows of the training data
     record = {"step": done, **values, "pool": len(pool), "kept": int(choice.kept.sum()), "selected": len(rows)}
     record |= {"skipped_probes": choice.skipped_probes, "probe_tokens": choice.probe_tokens}
-    record |= {"tokens": sum(run.train.length(row) for row in rows.tolist())}
+    record |= {"tokens": sum(map(run.train.length, rows.tolist()))}
     record |= clock.read() | {"comm_bytes": run.comm_bytes}
     if run.accelerator.is_main_process:
-        folder, number = Path(run.args.output_dir), run.train.numbers
-        picked = {"pool": pool, "kept": pool[choice.kept], "selected": rows}
+        folder = Path(run.args.output_dir)
         append(folder / "metrics.jsonl", record)
-        append(folder / "selection.jsonl", {"step": done} | {name: number[r].tolist() for name, r in picked.items()})
+        number = run.train.numbers  # rows as the files count them, dropped ones included
+        selection = {"step": done, "pool": number[pool].tolist(), "kept": number[pool[choice.kept]].tolist()}
+        append(folder / "selection.jsonl", selection | {"selected": number[rows].tolist()})
     run.accelerator.log(record, step=done)  # nothing without trackers
 
 
@@ -685,11 +688,11 @@ def evaluate(run: Run) -> dict:
         with run.accelerator.autocast():
             losses = micro_batch_losses(run.inner, run.labelled_logits, batch)[0].double()  # [B]
         values = torch.stack([losses, torch.ones_like(losses), losses * batch.counts, batch.counts.double()], 1)
-        sums.index_add_(0, data.sources[positions].to(device), values[: len(positions)])
+        sums.index_add_(0, data.sources[positions].to(device), values[: len(positions)])  # none of a stand-in's
     sums = run.all_reduce(sums).cpu()
     per_source = {}
     for name, (loss, examples, _, _) in zip(data.names, sums.tolist(), strict=True):
-        if examples:
+        if examples:  # a source of the training rows may have none here
             per_source[name] = loss / examples
     loss, examples, token_loss, tokens = sums.sum(0).tolist()
     return {
@@ -701,13 +704,14 @@ def evaluate(run: Run) -> dict:
 
 
 def log_evaluation(run: Run, step: int) -> None:
-    record = {"step": step} | evaluate(run)
+    """One line in eval.jsonl, and the same for --report_to."""
+    losses = evaluate(run)
     if run.accelerator.is_main_process:
-        append(Path(run.args.output_dir) / "eval.jsonl", record)
-        if "png" in run.args.report_to and step > 0:
+        append(Path(run.args.output_dir) / "eval.jsonl", {"step": step} | losses)
+        if "png" in run.args.report_to and step > 0:  # before the first step there is nothing to draw
             draw_run(run)
-    flat = {name: value for name, value in record.items() if isinstance(value, float)}
-    for source, value in record["eval_loss_of"].items():
+    flat = dict(losses)  # trackers take numbers alone, one curve each
+    for source, value in flat.pop("eval_loss_of").items():
         flat[f"eval_loss/{source}"] = value
     run.accelerator.log(flat, step=step)
 
@@ -718,36 +722,49 @@ def log_evaluation(run: Run, step: int) -> None:
 def clustering_steps(args) -> set[int]:
     """Steps that begin with a clustering: after the warm-up, then evenly over the rest of the run."""
     rest = max(0, args.max_steps - args.cluster_warmup)
-    return {args.cluster_warmup + rest * i // (args.cluster_updates + 1) for i in range(args.cluster_updates + 1)}
+    clusterings = args.cluster_updates + 1  # the first one and its updates
+    steps = set()
+    for i in range(clusterings):
+        steps.add(args.cluster_warmup + rest * i // clusterings)
+    return steps
 
 
 def cluster_rows(run: Run, step: int) -> None:
-    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole."""
+    """Sources from k-means over the training rows' mean hidden states; clusters below the mean size are kept whole.
+
+    Each rank runs its share of the rows and keeps their hidden states: ranks exchange centres, and a number for each
+    row.
+    """
     run.set_training(False)
     rows = torch.arange(len(run.train))
-    features, mine = [], []
+    features, mine = [], []  # this rank's hidden states, and the rows that they belong to
     batches = run.micro_batches(run.train, rows, probe_budget(run.args))
     for positions, batch, _ in tqdm(batches, "clustering", disable=not run.accelerator.is_main_process, leave=False):
         with run.accelerator.autocast():
-            features.append(mean_hidden_states(run.inner, batch)[: len(positions)])
+            features.append(mean_hidden_states(run.inner, batch)[: len(positions)])  # none of a stand-in's
         mine.append(positions)
+    features = torch.cat(features)  # [n, d]
+    mine = torch.cat(mine).to(run.device)  # [n]
     generator = generator_of(run.args.seed, "clusters", step)
-    mine = torch.cat(mine).to(run.device)
-    clusters = k_means(torch.cat(features), mine, len(rows), run.args.cluster_sources, generator, run.all_reduce)
+    clusters = k_means(features, mine, len(rows), run.args.cluster_sources, generator, run.all_reduce)  # [rows]
     use_clusters(run, clusters.cpu())
 
 
 def use_clusters(run: Run, clusters: Tensor) -> None:
     """Make the clusters [rows] the sources of the training rows."""
-    count = run.args.cluster_sources
-    run.train.sources, run.train.names = clusters, [f"cluster {c}" for c in range(count)]
-    sizes = enumerate(torch.bincount(clusters, minlength=count).tolist())
-    run.keep = small_sources({cluster: size for cluster, size in sizes if size})
+    run.train.sources = clusters
+    run.train.names, sizes = [], {}
+    for cluster, size in enumerate(torch.bincount(clusters, minlength=run.args.cluster_sources).tolist()):
+        run.train.names.append(f"cluster {cluster}")
+        if size:  # an empty cluster is not a source, and would lower the mean size
+            sizes[cluster] = size
+    run.keep = small_sources(sizes)
 
 
 # --------------------------------------------------------------------------------------------------- model and adapters
 
-LORA_TARGETS = {  # where the paper (Appendix C) names them, or its q, k, v and o are one fused matrix and another
+# Default targets by model_type: where the paper names them (Appendix C), and where q, k and v are one fused matrix.
+LORA_TARGETS = {
     "phi": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
     "phi3": ["qkv_proj", "o_proj"],
     "gpt_neox": ["query_key_value", "dense"],
@@ -761,17 +778,19 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # a demo model is random, and so are new weights of a head
     adapter = args.model if is_adapter(args.model) else None
     whole = None
     if checkpoint and args.lora_r:
-        adapter = checkpoint  # a resumed run goes on from the adapter that it saved,
+        adapter = checkpoint  # a resumed run continues with the adapter that it saved,
     elif checkpoint:
-        whole = checkpoint  # or from the whole model
+        whole = checkpoint  # or with the whole model
     if args.model is None and whole is None:
         sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        config.bos_token_id = tokenizer.eos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.eos_token_id
         model = AutoModelForCausalLM.from_config(config)
         base = Path(args.output_dir).absolute() / "base"  # what the adapter will name as its base model
         if args.lora_r and accelerator.is_main_process:
@@ -782,6 +801,8 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     if is_adapter(args.model):
         base = adapter_config(args.model).base_model_name_or_path
         remedy = "name its base model in base_model_name_or_path of its adapter_config.json"
+    # A frozen base only needs the precision that it computes in; trained weights need float32, since updates at a rate
+    # of 2e-5 lie below bf16's rounding.
     half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
     dtype = torch.bfloat16 if half else torch.float32
     try:
@@ -838,13 +859,13 @@ def adopt_adapter(args, given: set[str]) -> None:
     targets = config.target_modules or []
     if isinstance(targets, str):  # a regular expression
         targets = [targets]
-    own = {
+    of_adapter = {
         "lora_r": config.r,
         "lora_alpha": float(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "lora_target_modules": sorted(targets),
     }
-    for name, value in own.items():
+    for name, value in of_adapter.items():
         wanted = getattr(args, name)
         if name == "lora_target_modules" and wanted:
             wanted = sorted(wanted)
@@ -895,7 +916,7 @@ def add_lora(model, args, adapter: Path | str | None = None):
 
 
 def load_adapter(model, folder: Path | str):
-    """The adapter in `folder` over its base, to be trained on, in fp32."""
+    """The adapter in `folder` over its base, to be trained further, in fp32."""
     import peft
 
     try:
@@ -909,7 +930,7 @@ def load_adapter(model, folder: Path | str):
             "give another adapter of this base model"
         ) from None
     missing = sorted(peft.get_peft_model_state_dict(model).keys() - saved)
-    if missing:  # PEFT only warns, and would train on from new weights
+    if missing:  # PEFT only warns, and would continue with new weights
         raise UserError(
             f"{folder}/adapter_model.safetensors lacks {len(missing)} weights, such as {missing[0]}: "
             "give another adapter of this base model"
@@ -938,7 +959,11 @@ def linear_modules(model) -> list[str]:
 
 
 def linear_names(model) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model)))
+    """The last parts of these names, each once, for messages: "q_proj, k_proj, ..."."""
+    last_parts = {}  # a dictionary keeps the model's order
+    for name in linear_modules(model):
+        last_parts[name.rpartition(".")[2]] = True
+    return ", ".join(last_parts)
 
 
 def default_targets(model) -> list[str]:
@@ -957,7 +982,9 @@ def default_targets(model) -> list[str]:
     latent = any(name.endswith("kv_b_proj") for name in linear)  # such attention has no four, in some or all layers
     for name in linear:
         parent, _, leaf = name.rpartition(".")
-        if leaf != "v_proj" or f"{parent}.q_proj" not in linear or f"{parent}.k_proj" not in linear or latent:
+        if latent or leaf != "v_proj":
+            continue
+        if f"{parent}.q_proj" not in linear or f"{parent}.k_proj" not in linear:
             continue
         for output in ("o_proj", "out_proj", "dense", "Wo"):
             if f"{parent}.{output}" not in linear:
@@ -967,9 +994,11 @@ def default_targets(model) -> list[str]:
             return ["q_proj", "k_proj", "v_proj", output]
     if isinstance(PEFT_TARGETS.get(kind), list):
         return PEFT_TARGETS[kind]
-    modules = dict(model.named_modules())
-    attention = [name for name, module in modules.items() if re.search("Attention|MLA", type(module).__name__)]
-    inside = [name for name in linear if any(name.startswith(f"{parent}.") for parent in attention)]
+    attention = []
+    for name, module in model.named_modules():
+        if re.search("Attention|MLA", type(module).__name__):
+            attention.append(f"{name}.")
+    inside = [name for name in linear if name.startswith(tuple(attention))]
     return inside or linear  # whole names: PEFT stores them shortened to their ends
 
 
@@ -998,7 +1027,7 @@ def check_fits(args, model, tokenizer, data: list[TokenizedRows]) -> None:
         raise UserError(
             f"--max_length {args.max_length} exceeds the model's {positions} positions: lower it to {positions}"
         )
-    known = model.get_input_embeddings().weight.shape[0]
+    known = model.get_input_embeddings().weight.shape[0]  # tokens with an embedding
     largest = max(int(rows.ids.max()) for rows in data)
     if largest >= known:  # a tokenizer may have more, such as an added [PAD], as long as no row uses them
         raise UserError(
@@ -1021,8 +1050,10 @@ def check_model(args, accelerator: Accelerator, model, labelled_logits: Labelled
     refused, and so is one that can't run the rows. `model` is the prepared one, DDP's inner. Every rank runs the same
     rows, and the first one's figures decide for all.
     """
-    packed = packs_by_default(accelerator, model) if args.packing is None else args.packing
-    configs = attention_configs(model)
+    packed = args.packing
+    if packed is None:  # neither --packing nor --no-packing was given
+        packed = packs_by_default(accelerator, model)
+    configs = attention_configs(model)  # the check switches the attention function: to be able to switch back
     model.eval()
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     check = PackingCheck(
@@ -1046,7 +1077,9 @@ def check_model(args, accelerator: Accelerator, model, labelled_logits: Labelled
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the outermost weights stay whole: no checkpoint could be loaded
     figures = torch.tensor([found.ahead, found.apart, found.leaks], device=accelerator.device)
-    ahead, apart, leaks = broadcast(figures).tolist() if accelerator.num_processes > 1 else figures.tolist()
+    if accelerator.num_processes > 1:
+        figures = broadcast(figures)
+    ahead, apart, leaks = figures.tolist()
     if not ahead <= AHEAD:
         raise UserError(
             f"--model {args.model} is not causal: later tokens change earlier losses ({ahead:.3g} times the rounding "
@@ -1076,7 +1109,7 @@ def model_fingerprint(args) -> str:
     Cheap: of every tensor its name, shape and a few bytes count, of files in other formats a few bytes all over. A hub
     id stands for its commit. An adapter counts beside its base.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch hands over
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch`
     if args.model is None:
         return f"the demo's, mixed_precision {precision}"
     from transformers import AutoConfig
@@ -1088,9 +1121,13 @@ def model_fingerprint(args) -> str:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the hub, configs and remote code each raise their own kinds
         raise UserError(f"--model {args.model}: {one_line(error)}: give a causal LM") from None
-    shape = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+    shape = config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):  # where it lies and what wrote it changes no result
+        shape.pop(name, None)
     shape = hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest()[:16]
-    weights = weights_digest(base) if Path(base).is_dir() else f"commit {getattr(config, '_commit_hash', None)}"
+    weights = f"commit {getattr(config, '_commit_hash', None)}"
+    if Path(base).is_dir():
+        weights = weights_digest(base)
     return f"{config.model_type} {shape} weights {weights}{adapter}, mixed_precision {precision}"
 
 
@@ -1116,14 +1153,14 @@ def tensor_samples(path: Path) -> list[tuple]:
         try:
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length))
-            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+            header.pop("__metadata__", None)  # free text, not a tensor
             parts = []
-            for name, entry in entries:
+            for name, entry in header.items():
                 start, end = entry["data_offsets"]
                 content = samples(f, 8 + length + start, end - start, 4)
                 parts.append((name, entry["dtype"], entry["shape"], content))
         except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-            raise UserError(f"{path} is no safetensors file ({type(error).__name__}): copy it again") from None
+            raise UserError(f"{path} is not a safetensors file ({type(error).__name__}): copy it again") from None
     return parts
 
 
@@ -1131,6 +1168,7 @@ def samples(file, start: int, size: int, pieces: int, piece: int = 1024) -> byte
     """Up to `pieces` pieces of a file, evenly over `size` bytes from `start`, its last ones included."""
     content = b""
     for i in range(pieces):
+        # from the first byte to `piece` before the last; max(1, ...) where there is one piece alone
         file.seek(start + max(0, size - piece) * i // max(1, pieces - 1))
         content += file.read(min(piece, size))
     return content
@@ -1165,8 +1203,10 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     elif args.keep_sources not in (["auto"], ["none"]):
         for name in args.keep_sources:
             if name not in train.names:
-                raise UserError(f"--keep_sources {name} is no source: choose auto, none or of {', '.join(train.names)}")
-        keep = {train.names.index(name) for name in args.keep_sources}
+                raise UserError(
+                    f"--keep_sources {name} is not a source: choose auto, none or of {', '.join(train.names)}"
+                )
+        keep = set(map(train.names.index, args.keep_sources))
     if args.eval_file:
         held_out = load_tokens(args.eval_file, tokenizer, args, train.names, show)
     elif not args.train_file:
@@ -1175,12 +1215,15 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     else:
         held_out = None
     for what, data in (("training", train), ("held-out", held_out)):
-        for line in data.remarks if data and show else []:
+        if data is None or not show:
+            continue
+        for line in data.remarks:
             print(f"{what} rows: {line}")
     return train, held_out, keep
 
 
 def make_accelerator(args) -> Accelerator:
+    """The launch's Accelerator, after refusing what would give wrong results or fail later."""
     trackers = [name for name in args.report_to if name != "png"]
     folders = ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "tensorboard"))
     accelerator = Accelerator(log_with=trackers or None, project_config=folders)
@@ -1191,7 +1234,9 @@ def make_accelerator(args) -> Accelerator:
         raise UserError(
             f"dynamo_backend {backend} compiles the model past the probe's hooks: set it to no, and use --compile"
         )
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, 50 ms a time; flash attention does not
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it makes a plan for each new shape, 50 ms a time; flash attention does not
     torch.backends.cuda.matmul.allow_tf32 = accelerator.mixed_precision == "bf16"  # for SPSA's float32 tail
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
@@ -1221,7 +1266,7 @@ def make_accelerator(args) -> Accelerator:
     return accelerator
 
 
-def find_probe(args, accelerator: Accelerator, model) -> VProjection | None:
+def find_projection(args, accelerator: Accelerator, model) -> VProjection | None:
     """The last V projection, as the main process finds it: under FSDP2 the others may hold no weights yet."""
     if args.selection != "colm":
         return None
@@ -1242,27 +1287,43 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     """Wrap the model for its devices and put probe, optimizer and schedule around it."""
     import transformers
 
-    found = find_probe(args, accelerator, model)  # before anything is wrapped or written
-    data = [rows for rows in (train, held_out) if rows]
+    found = find_projection(args, accelerator, model)  # before the model is wrapped: FSDP2 would share the weights out
+    data = [train] if held_out is None else [train, held_out]
     check_fits(args, model, tokenizer, data)
+
+    # FSDP2 puts parameters of its own in the place of these: `prepare` hands them to the optimizer, and they are
+    # collected again below.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
-    optimizer = optimizer.optimizer
+    inner = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
+    optimizer = optimizer.optimizer  # without accelerate's wrapper, which handles scaling and accumulation
+
     warmup = math.ceil(args.warmup_ratio * args.max_steps)
-    schedule = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
+    schedule = args.lr_scheduler
+    if schedule == "constant":
+        schedule = "constant_with_warmup"
     scheduler = transformers.get_scheduler(schedule, optimizer, warmup, args.max_steps)
-    labelled_logits = LabelledLogits(accelerator.unwrap_model(model))
+    probe = None
+    if found is not None:
+        probe = VProjectionProbe(inner, found=found)
     run = Run(
-        *(args, accelerator, tokenizer, train, held_out, keep, model, optimizer, scheduler),
-        probe=VProjectionProbe(accelerator.unwrap_model(model), found=found) if found else None,
-        labelled_logits=labelled_logits,
-        moments=AdamMoments(optimizer.defaults["betas"]),
+        args=args,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        keep=keep,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        probe=probe,
+        labelled_logits=LabelledLogits(inner),
+        moments=AdamMoments(optimizer.defaults["betas"]),  # the optimizer's own betas (4.2)
         trained=[p for p in model.parameters() if p.requires_grad],
         modules=list(model.modules()),
     )
-    args.packing = check_model(args, accelerator, run.inner, labelled_logits, data)
+    args.packing = check_model(args, accelerator, run.inner, run.labelled_logits, data)
     gc.freeze()  # a million objects of models and libraries that no collection need visit again
     if accelerator.device.type == "cuda":
         torch.set_num_threads(1)  # the host handles tiny tensors only, and waking threads takes longer than the work
@@ -1280,9 +1341,9 @@ def compile_layers(run: Run) -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
     class SameDropout(CustomGraphPass):
-        """Backward may compute a dropout mask again, but must not draw it anew: seeds are saved.
+        """Backward may compute a dropout mask again, but must not draw another one: seeds are saved.
 
-        With a memory budget PyTorch does draw anew (seen in 2.13), and gradients are wrong without a word.
+        With a memory budget PyTorch does draw another (seen in 2.13), and gradients are wrong without a warning.
         """
 
         def __call__(self, graph):
@@ -1341,19 +1402,22 @@ class Clock:
             torch.cuda.synchronize()
 
         def seconds(a, b):
-            return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+            return a.elapsed_time(b) / 1e3 if self.cuda else b - a  # events count milliseconds
 
         record = {}
-        for phase in ("probe", "select", "train"):
+        for phase in ("probe", "select", "train"):  # one that a step does not have took no time
             record |= {f"{phase}_s": 0.0, f"{phase}_gb": 0.0}
+        highest = 0.0
         for (_, before, _), (phase, now, peak) in itertools.pairwise(self.marks):
-            record |= {f"{phase}_s": seconds(before, now), f"{phase}_gb": peak}
-        record["step_s"] = seconds(self.marks[0][1], self.marks[-1][1])
-        record["peak_gb"] = max(peak for _, _, peak in self.marks[1:])
-        return {key: round(value, 6) for key, value in record.items()}
+            record |= {f"{phase}_s": round(seconds(before, now), 6), f"{phase}_gb": round(peak, 6)}
+            highest = max(highest, peak)
+        record["step_s"] = round(seconds(self.marks[0][1], self.marks[-1][1]), 6)
+        record["peak_gb"] = round(highest, 6)
+        return record
 
 
 def append(path: Path, record: dict) -> None:
+    """One more line of a .jsonl file."""
     try:
         with open(path, "a") as f:
             f.write(json.dumps(record) + "\n")
@@ -1367,7 +1431,9 @@ def append(path: Path, record: dict) -> None:
 def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
     """Records up to `last_step`; a line that a kill cut short ends them."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    if not path.exists():
+        return records
+    for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -1381,15 +1447,18 @@ def rewind(folder: Path, step: int) -> None:
     """Drop the records that a resumed run will write again."""
     for name in ("metrics.jsonl", "selection.jsonl", "eval.jsonl"):
         records = read_records(folder / name, step)
-        with replacing(folder / name) as aside:
-            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+        with replacing(folder / name) as aside, open(aside, "w") as f:
+            for record in records:
+                f.write(json.dumps(record) + "\n")
 
 
 def rows_by_source(run: Run) -> dict[str, list[int]]:
     """How many rows of each source were drawn, kept and selected so far, from selection.jsonl."""
     data = run.train
     source_of = dict(zip(data.numbers.tolist(), data.sources.tolist(), strict=True))
-    counts = {key: [0] * len(data.names) for key in ("pool", "kept", "selected")}
+    counts = {}
+    for key in ("pool", "kept", "selected"):
+        counts[key] = [0] * len(data.names)
     for record in read_records(Path(run.args.output_dir) / "selection.jsonl"):
         for key, of_source in counts.items():
             for row in record[key]:
@@ -1403,25 +1472,25 @@ def draw_run(run: Run) -> None:
 
     folder = Path(run.args.output_dir)
     metrics, evals = read_records(folder / "metrics.jsonl"), read_records(folder / "eval.jsonl")
-    steps = [record["step"] for record in metrics]
 
-    def column(name: str) -> list[float]:
-        return [record[name] for record in metrics]
+    def column(name: str, records=metrics) -> list[float]:
+        return [record[name] for record in records]
+
+    steps = column("step")
 
     figure = Figure(figsize=(16, 9), layout="constrained")
     (losses, per_source, schedule), (selection, seconds, memory) = figure.subplots(2, 3)
 
     losses.plot(steps, column("loss"), color="0.7", label="coreset")
-    eval_steps = [record["step"] for record in evals]
     for name, label in (("eval_loss", "held out, per example"), ("eval_loss_source_mean", "mean over sources")):
-        losses.plot(eval_steps, [record[name] for record in evals], marker="o", label=label)
+        losses.plot(column("step", evals), column(name, evals), marker="o", label=label)
     losses.set_title("loss, nats a token")
 
     for source in run.train.names[:20]:  # more lines than that can't be told apart
         seen = [record for record in evals if source in record["eval_loss_of"]]
-        points = [(record["step"], record["eval_loss_of"][source]) for record in seen]
-        if points:
-            per_source.plot(*zip(*points, strict=True), marker=".", label=source)
+        if seen:
+            values = [record["eval_loss_of"][source] for record in seen]
+            per_source.plot(column("step", seen), values, marker=".", label=source)
     per_source.set_title("held-out loss of each source")
 
     schedule.plot(steps, column("grad_norm"), color="0.7", label="gradient norm, before clipping")
@@ -1431,13 +1500,14 @@ def draw_run(run: Run) -> None:
     rate.set_ylabel("learning rate", color="C1")
     schedule.set_title("gradient norm and learning rate")
 
-    places = range(len(run.train.names))
+    counts = rows_by_source(run)
+    places = torch.arange(len(run.train.names))
     for key, label, offset in (("pool", "of pools", -0.2), ("selected", "of coresets", 0.2)):
-        count = torch.tensor(rows_by_source(run)[key])  # [sources]
-        share = (100 * count / count.sum()).tolist()
-        selection.barh([place + offset for place in places], share, 0.4, label=label)
-    if len(places) <= 30:
-        selection.set_yticks(places, [name[:24] for name in run.train.names], fontsize="small")
+        count = torch.tensor(counts[key])  # [sources]
+        share = 100 * count / count.sum()
+        selection.barh((places + offset).tolist(), share.tolist(), 0.4, label=label)
+    if len(places) <= 30:  # more names than that overlap
+        selection.set_yticks(places.tolist(), [name[:24] for name in run.train.names], fontsize="small")
     selection.invert_yaxis()
     selection.set_title("share of each source, %")
 
@@ -1461,19 +1531,24 @@ def draw_run(run: Run) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-FREE_ON_RESUME = {  # settings that may differ when a run resumes; every other one shapes the result
-    *("config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "eval_file", "eval_every"),
-    *("report_to", "trust_remote_code", "train_file", "cache_dir"),  # paths may move; the data is compared
-    *("packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"),  # speed and memory alone
-}
+# Settings that may differ when a run resumes; every other one shapes the result.
+FREE_ON_RESUME = {"config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "report_to"}
+FREE_ON_RESUME |= {"eval_file", "eval_every", "trust_remote_code"}
+FREE_ON_RESUME |= {"train_file", "cache_dir"}  # paths may move: the data itself is compared
+FREE_ON_RESUME |= {"packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"}  # speed and memory
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in an output folder, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if path.name.removeprefix("checkpoint-").isdecimal():  # a checkpoint-best was not written by this file
+            found.append(path)
+    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
+    """The steps done when a checkpoint was written, from its name."""
     return int(path.name.rpartition("-")[2])
 
 
@@ -1494,8 +1569,10 @@ def save_checkpoint(run: Run, step: int) -> Path:
     weights, optimizer = run.trained_state()  # every rank takes part in gathering them; the main process writes
     state = {"step": step, "optimizer": optimizer, "scheduler": run.scheduler.state_dict()}
     state["moments"] = run.moments.state_dict()
-    clustered = run.args.cluster_sources and step > run.args.cluster_warmup
-    state["clusters"] = run.train.sources if clustered else None
+    # The clustering is kept, since the next one may be far away. At the end of the warm-up there is none yet.
+    state["clusters"] = None
+    if run.args.cluster_sources and step > run.args.cluster_warmup:
+        state["clusters"] = run.train.sources
     path = Path(run.args.output_dir) / f"checkpoint-{step:06d}"
 
     def write():
@@ -1511,6 +1588,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
 
 
 def save_final(run: Run) -> Path:
+    """The trained adapter or model in OUTPUT/final."""
     weights, _ = run.trained_state()
     path = Path(run.args.output_dir) / "final"
 
@@ -1523,7 +1601,10 @@ def save_final(run: Run) -> Path:
 
 
 def on_main(run: Run, action, what: str) -> None:
-    """The main process acts; all ranks learn whether it could, or the others would wait for it for ever."""
+    """The main process does `action`, which takes no argument; all ranks learn whether it could.
+
+    If only the main process knew of a failure, the others would wait for it for ever.
+    """
     problem = None
     if run.accelerator.is_main_process:
         try:
@@ -1542,7 +1623,10 @@ def on_main(run: Run, action, what: str) -> None:
 
 def settings_of(args, train: TokenizedRows) -> dict:
     """What shapes the result of a run: flags, model and data."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    settings = {}
+    for name, value in vars(args).items():
+        if name not in FREE_ON_RESUME:
+            settings[name] = value
     return settings | {"model": model_fingerprint(args), "training data": train.fingerprint()}
 
 
@@ -1552,9 +1636,9 @@ def find_checkpoint(args, folder: Path) -> Path | None:
     if args.resume not in (None, "auto"):
         path = Path(args.resume)
         if not (path / "state.pt").exists() or not (path / "settings.json").exists():
-            raise UserError(f"--resume {path} is no checkpoint: give auto or a folder named checkpoint-...")
-        own = path.resolve().parent == folder.resolve()
-        if args.overwrite or (not own and holds_a_run):
+            raise UserError(f"--resume {path} is not a checkpoint: give auto or a folder named checkpoint-...")
+        of_this_run = path.resolve().parent == folder.resolve()
+        if args.overwrite or (not of_this_run and holds_a_run):
             raise UserError(f"--resume {path} would delete what --output_dir {folder} holds: choose another folder")
         return path
     if args.resume and args.overwrite:
@@ -1587,7 +1671,7 @@ def check_settings(args, settings: dict, checkpoint: Path) -> None:
         if name == "max_steps" and before is not None and value > before:
             check_extension(args, before, step_of(checkpoint))
             continue
-        flag = name if " " in name else f"--{name}"
+        flag = name if " " in name else f"--{name}"  # "training data" is no flag
         raise UserError(
             f"{flag} is {value}, but {checkpoint} was made with {before}: use the same, or start another --output_dir"
         )
@@ -1667,7 +1751,8 @@ def open_output(run: Run, checkpoint: Path | None, start: int):
             stale += [folder / "final", folder / "tensorboard", folder / "wandb_id"]
         for path in [*folder.glob("tmp-*"), *stale]:
             remove(path)
-        rewind(folder, start if checkpoint else -1)
+        keep_up_to = start if checkpoint else -1  # -1: a new run writes the evaluation before step 1, too
+        rewind(folder, keep_up_to)
 
     try:
         on_main(run, prepare, "output folder")
@@ -1681,6 +1766,7 @@ def open_output(run: Run, checkpoint: Path | None, start: int):
 
 
 def kept_how(args) -> str:
+    """What happens to small sources, in the words of the log."""
     return "kept whole" if args.keep_share == 1 else "kept in part"
 
 
@@ -1700,7 +1786,7 @@ def announce(run: Run) -> None:
     if len(data.names) > args.coreset_size:
         say(
             f"{len(data.names)} sources outnumber the {args.coreset_size} examples of a coreset: in a step most big "
-            "sources get none or one, drawn by lot; a coarser --source_field or --cluster_sources would say more"
+            "sources get none or one, drawn at random; a coarser --source_field or --cluster_sources would say more"
         )
 
 
@@ -1712,8 +1798,8 @@ def summary(run: Run, final: Path) -> str:
         before, after, what = evals[0]["eval_loss"], evals[-1]["eval_loss"], "held-out loss"
     else:
         tenth = max(1, len(metrics) // 10)
-        before = sum(record["loss"] for record in metrics[:tenth]) / tenth
-        after = sum(record["loss"] for record in metrics[-tenth:]) / tenth
+        losses = [record["loss"] for record in metrics]
+        before, after = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
         what = "training loss, first and last tenth"
     counts = rows_by_source(run)
     sizes = torch.bincount(data.sources, minlength=len(data.names)).tolist()
@@ -1723,7 +1809,9 @@ def summary(run: Run, final: Path) -> str:
     lines.append(f"{'source':<32} {'rows':>8} {'seen':>8} {'kept':>8} {'selected':>8}")
     for q, name in enumerate(data.names):
         line = f"{name[:32]:<32} {sizes[q]:>8} {counts['pool'][q]:>8} {counts['kept'][q]:>8} {counts['selected'][q]:>8}"
-        lines.append(f"{line}  ({kept_how(run.args)})" if q in run.keep else line)
+        if q in run.keep:
+            line = f"{line}  ({kept_how(run.args)})"
+        lines.append(line)
     if data.shortened or data.dropped:
         lines.append(f"{data.shortened} prompts were shortened and {data.dropped} rows dropped to fit --max_length")
     kind = "adapter" if run.args.lora_r else "model"
@@ -1744,7 +1832,9 @@ def start_trackers(run: Run, start: int) -> None:
         name = args.run_name or folder.absolute().name
         options["wandb"] = {"name": name, "id": identity.read_text(), "resume": "allow"}
     project = os.environ.get("WANDB_PROJECT", "colm")
-    config = {name: str(value) for name, value in vars(args).items()}
+    config = {}
+    for name, value in vars(args).items():
+        config[name] = str(value)  # tensorboard takes no lists
     run.accelerator.init_trackers(project, config=config, init_kwargs=options)
 
 
@@ -1759,7 +1849,7 @@ def stop_on_signals(run: Run) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, ask)
     # `accelerate launch` runs a single process as its child and passes no signal on: have the kernel send one when the
-    # launcher ends. A shell is no launcher: a run in its background outlives it.
+    # launcher ends. A shell is not a launcher: a run in its background outlives it.
     parent = Path(f"/proc/{os.getppid()}/cmdline")
     if parent.exists() and b"accelerate" in parent.read_bytes():
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -1767,12 +1857,15 @@ def stop_on_signals(run: Run) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """A whole run: check, load, wrap, train, save."""
+    # Flags, output folder and data first: what can be refused before a model is loaded is refused in seconds.
     args = parse_args(argv)
     folder = Path(args.output_dir)
     checkpoint = find_checkpoint(args, folder)
     tokenizer = load_tokenizer(args)
     train, held_out, keep = load_data(args, tokenizer, show=os.environ.get("RANK", "0") == "0")
-    args.max_steps = args.max_steps or max(1, int(args.num_epochs * (len(train) // args.pool_size)))
+    if args.max_steps is None:
+        args.max_steps = max(1, int(args.num_epochs * (len(train) // args.pool_size)))
     if args.cluster_sources and args.cluster_warmup >= args.max_steps:
         raise UserError(
             f"--cluster_warmup {args.cluster_warmup} reaches the last step: lower it below {args.max_steps}"
@@ -1780,13 +1873,19 @@ def main(argv: list[str]) -> None:
     settings = settings_of(args, train)
     if checkpoint:
         check_settings(args, settings, checkpoint)
+
+    # The model on its devices, and the state of the run that is resumed.
     accelerator = make_accelerator(args)
     model = load_model(args, accelerator, tokenizer, checkpoint)
     run = build_run(args, accelerator, tokenizer, model, train, held_out, keep)
     run.settings = settings
-    start = load_checkpoint(run, checkpoint) if checkpoint else 0
+    start = 0  # steps done
+    if checkpoint:
+        start = load_checkpoint(run, checkpoint)
     check_agreement(run, start)
     stop_on_signals(run)
+
+    # Training, with the output folder locked.
     with open_output(run, checkpoint, start):
         start_trackers(run, start)
         announce(run)
@@ -1801,21 +1900,22 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    """Run, and turn what the user can mend into one line and exit code 2."""
+    """Run, and turn what the user can fix into one line and exit code 2."""
     try:
         main(argv)
     except torch.OutOfMemoryError:  # of this process, whichever it is
         size = f"--max_tokens_per_micro_batch {parse_args(argv).max_tokens_per_micro_batch}"
         print(
             f"error: {size} takes more memory than the GPU has free: lower it, or add --gradient_checkpointing or "
-            "--compile, then go on from the last checkpoint with --resume auto",
+            "--compile, then resume from the last checkpoint with --resume auto",
             file=sys.stderr,
         )
         sys.exit(2)
     except (UserError, OSError, RuntimeError) as error:
         full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if not (isinstance(error, UserError) or full_disk or "--no-packing" in str(error)):
-            raise
+        unpackable = "--no-packing" in str(error)  # `packed_attention` knows no UserError, but names the remedy
+        if not (isinstance(error, UserError) or full_disk or unpackable):
+            raise  # a fault of ours, which needs its traceback
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a host: another host may have other files
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
