@@ -1193,6 +1193,8 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     """Wrap the model for its devices and put probe, optimizer and schedule around it."""
     import transformers
 
+    if accelerator.distributed_type != DistributedType.FSDP:  # which shards the model on its way to the device
+        model.to(accelerator.device)
     found = find_probe(args, accelerator, model)  # before anything is wrapped or written
     data = [rows for rows in (train, held_out) if rows]
     check_fits(args, model, tokenizer, data)
