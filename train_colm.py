@@ -1287,6 +1287,8 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     """Wrap the model for its devices and put probe, optimizer and schedule around it."""
     import transformers
 
+    if accelerator.distributed_type != DistributedType.FSDP:  # which shards the model on its way to the device
+        model.to(accelerator.device)
     found = find_projection(args, accelerator, model)  # before the model is wrapped: FSDP2 would share the weights out
     data = [train] if held_out is None else [train, held_out]
     check_fits(args, model, tokenizer, data)
@@ -1422,10 +1424,18 @@ def append(path: Path, record: dict) -> None:
         with open(path, "a") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): free space in {path.parent}, then resume from the last "
-            "checkpoint with --resume auto"
-        ) from None
+        raise UserError(f"{path} could not be written ({error.strerror}): {remedy(path.parent, error)}") from None
+
+
+def remedy(folder: Path, error: Exception) -> str:
+    """What to do when nothing could be written: a full disk has many names, and other causes are not about space."""
+    little = 100 << 20  # bytes; most checkpoints are larger
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or shutil.disk_usage(folder).free < little:
+        step = f"free space in {folder}"
+    else:
+        step = f"make {folder} writable"
+    return f"{step}, then resume from the last checkpoint with --resume auto"
 
 
 def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
@@ -1613,10 +1623,7 @@ def on_main(run: Run, action, what: str) -> None:
             problem = str(error)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
             reason = " ".join(str(error).split())[:160]
-            problem = (
-                f"the {what} could not be written ({reason}): free space in {run.args.output_dir}, then resume from "
-                "the last checkpoint with --resume auto"
-            )
+            problem = f"the {what} could not be written ({reason}): {remedy(Path(run.args.output_dir), error)}"
     if run.all_reduce(torch.tensor(float(problem is not None), device=run.device)):
         raise UserError(problem or f"the main process could not write the {what}")
 
