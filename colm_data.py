@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 
 class UserError(Exception):
-    """Something the user can mend: one line with the value, the rule and the remedy; exit code 2."""
+    """Something the user can fix: one line with the value, the rule and the remedy; exit code 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -166,7 +166,7 @@ def json_rows(path: str) -> Iterator[tuple[dict, str]]:
 
 
 def broken_json(path: str, line: int, error: json.JSONDecodeError) -> UserError:
-    return UserError(f"{path} line {line}: broken JSON ({error.msg}): mend that line")
+    return UserError(f"{path} line {line}: broken JSON ({error.msg}): fix that line")
 
 
 def json_line_rows(path: str) -> Iterator[tuple[dict, str]]:
@@ -236,7 +236,7 @@ def table_rows(path: str, delimiter: str) -> Iterator[tuple[dict, str]]:
         for row in table:
             place = f"{path} line {table.line_num}"
             if None in row or None in row.values():  # what DictReader makes of cells without a column, and missing ones
-                raise UserError(f"{place} does not have the {len(table.fieldnames)} columns of the first line: mend it")
+                raise UserError(f"{place} does not have the {len(table.fieldnames)} columns of the first line: fix it")
             yield row, place
 
 
@@ -591,7 +591,7 @@ class ChatTemplate:
             )
         except Exception as error:  # templates raise what their authors chose, such as "roles must alternate"
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{place}: the chat template refuses these messages ({reason}): mend the row") from None
+            raise UserError(f"{place}: the chat template refuses these messages ({reason}): fix the row") from None
 
     @cached_property
     def turn(self) -> tuple[str, str, str]:
@@ -849,7 +849,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_pieces(tokenizer, texts: list[Text]) -> list[tuple[list[int], bytes]]:
-    """Each text cut at the borders of its answers and the pieces tokenised apart, as generation does.   # DIFFERS 12
+    """Each text cut at the borders of its answers and the pieces tokenised apart, as generation does.
 
     Ids, and for each a byte: 1 where the token belongs to an answer.
     """
@@ -860,7 +860,7 @@ def encode_pieces(tokenizer, texts: list[Text]) -> list[tuple[list[int], bytes]]
             said = text.text[answer.start : answer.end]
             if answer.add_eos and said.rstrip().endswith(tokenizer.eos_token):  # rendered beforehand: no second EOS
                 said = said.rstrip().removesuffix(tokenizer.eos_token)
-            pieces += [text.text[at : answer.start], said]
+            pieces += [text.text[at : answer.start], said]  # DIFFERS 12: not as one string
             at = answer.end
     coded = iter(encode(tokenizer, pieces))
     results = []
@@ -1134,7 +1134,7 @@ def encode_texts(tokenizer, texts: list[Text], places: list[str]) -> list[tuple[
     """Ids and mask of each text, as its form asks for it."""
     for text, place in zip(texts, places, strict=True):
         if not text.text.isascii() and LONE_SURROGATE.search(text.text):
-            raise UserError(f"{place} has half a surrogate pair (\\ud800 to \\udfff): mend the row")
+            raise UserError(f"{place} has half a surrogate pair (\\ud800 to \\udfff): fix the row")
     chats, others = [], []
     for text in texts:
         if text.form == "messages":

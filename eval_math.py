@@ -1373,7 +1373,7 @@ def load(args: argparse.Namespace, device: torch.device):
         tokenizer = load_tokenizer(argparse.Namespace(model=base, **remote))
     else:
         tokenizer = load_tokenizer(argparse.Namespace(model=args.model, **remote))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and every token makes a new one
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for each shape, and every token makes a new one
     return model.to(device, dtype).eval(), tokenizer, room
 
 
@@ -1541,7 +1541,7 @@ def out_of_memory(args: argparse.Namespace) -> str:
 
 
 def cli(argv: list[str]) -> None:
-    """Run, and turn what the user can mend into one line and exit code 2."""
+    """Run, and turn what the user can fix into one line and exit code 2."""
     try:
         main(argv)
     except UserError as error:

@@ -425,7 +425,7 @@ def read_task(name: str, where: str) -> list[Example]:
                     known = "an answer (as in SQuAD 2.0)"
                     if question.options:
                         known = f"one of {', '.join(map(repr, question.options))}"
-                    raise UserError(f"{place}: {question.accepted} is not {known}: mend or remove the row")
+                    raise UserError(f"{place}: {question.accepted} is not {known}: fix or remove the row")
                 prompt = task.template.format_map(Texts(question.fields))
                 id = f"{name} {number}{question.place}"
                 examples.append(Example(id, name, prompt, question.options, gold, question.fields.get("source")))
@@ -640,7 +640,7 @@ def score_options(model, groups: list[list[Example]], args) -> list[dict]:
 
 
 def rows_of(groups: list[list[Example]]) -> tuple[list[list[int]], list[Row]]:
-    """What each group begins with, and the rows that go on from there.
+    """What each group begins with, and the rows that continue from there.
 
     An option's last token predicts nothing that is asked for: options that differ in it alone share a row.
     """
@@ -693,7 +693,7 @@ def pad(rows: list, side: str, device) -> tuple[Tensor, Tensor]:
 
 
 def forward(model, ids: Tensor, mask: Tensor, cache: DynamicCache, keep: int = 0) -> Tensor:
-    """Logits of the last `keep` (0: all) of `ids`, which go on from the cache; the mask [B, cached + T] covers both."""
+    """Logits of the last `keep` (0: all) of `ids`, which continue the cache; the mask [B, cached + T] covers both."""
     takes = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in takes else "past_key_values"  # the newer and the older name
     options = {name: cache}
@@ -1072,7 +1072,7 @@ def positive(text: str) -> int:
 
 
 def cli(argv: list[str]) -> None:
-    """Run, and turn what the user can mend into one line and exit code 2."""
+    """Run, and turn what the user can fix into one line and exit code 2."""
     try:
         args = build_parser().parse_args(argv)
         if args.command == "prepare":

@@ -776,9 +776,9 @@ NOT_TEXT = r".*(vision|visual|image|audio|speech|video|multi_?modal|cross_?att|e
 
 def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | None = None):
     """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(args.seed)  # a demo model is random, and so are new weights of a head
+    torch.manual_seed(args.seed)  # new weights of a head are random
     adapter = args.model if is_adapter(args.model) else None
     whole = None
     if checkpoint and args.lora_r:
@@ -786,16 +786,7 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     elif checkpoint:
         whole = checkpoint  # or with the whole model
     if args.model is None and whole is None:
-        sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
-        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
-        config.bos_token_id = tokenizer.eos_token_id
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.eos_token_id
-        model = AutoModelForCausalLM.from_config(config)
-        base = Path(args.output_dir).absolute() / "base"  # what the adapter will name as its base model
-        if args.lora_r and accelerator.is_main_process:
-            model.save_pretrained(base)
-        model.name_or_path = str(base)
+        model = demo_model(args, tokenizer)
         return add_lora(model, args, adapter)
     base, remedy = whole or args.model, "give a causal LM"
     if is_adapter(args.model):
@@ -818,6 +809,21 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         say("the model's config asks for its router's auxiliary loss: it is not added to the loss of the examples")
     return add_lora(model, args, adapter)
+
+
+def demo_model(args, tokenizer):
+    """A tiny random Llama, the same for the same seed; an adapter names OUTPUT/base as its base model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(args.seed)
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **sizes)
+    config.bos_token_id = tokenizer.eos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    model.name_or_path = str(Path(args.output_dir).absolute() / "base")
+    return model
 
 
 def one_line(error: Exception) -> str:
@@ -1760,6 +1766,8 @@ def open_output(run: Run, checkpoint: Path | None, start: int):
             remove(path)
         keep_up_to = start if checkpoint else -1  # -1: a new run writes the evaluation before step 1, too
         rewind(folder, keep_up_to)
+        if run.args.model is None and run.args.lora_r:
+            demo_model(run.args, run.tokenizer).save_pretrained(folder / "base")
 
     try:
         on_main(run, prepare, "output folder")

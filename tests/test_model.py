@@ -1,6 +1,6 @@
 """Models that a user may bring: what is trained is right, and what can't be is refused in one line.
 
-The check before training (packed rows, causal models, rows that run), LoRA targets, adapters to go on from, and what a
+The check before training (packed rows, causal models, rows that run), LoRA targets, adapters to continue from, and what a
 resumed run compares of its weights. Models are tiny, random and of many architectures.
 """
 
@@ -437,7 +437,7 @@ def test_accelerates_dynamo_backend_is_refused(flags, refused, monkeypatch):
     refused(flags("--selection colm --probe grad"), "dynamo_backend INDUCTOR", "--compile")
 
 
-# ----------------------------------------------------------------------------------------------- adapters to go on from
+# -------------------------------------------------------------------------------------------- adapters to continue from
 
 
 @pytest.fixture(scope="session")

@@ -520,6 +520,17 @@ def test_two_runs_never_share_an_output_folder(flags, tmp_path, refused):
     assert train(flags(tmp_path, "--overwrite --max_steps 2")) == 0
 
 
+def test_a_refused_demo_leaves_the_base_model_of_the_running_one(tmp_path, refused):
+    process = start(sys.executable, SCRIPT, "--output_dir", str(tmp_path), "--max_steps", "100000", folder=tmp_path)
+    try:
+        before = (tmp_path / "base" / "model.safetensors").read_bytes()
+        refused(["--output_dir", str(tmp_path), "--seed", "1", "--overwrite"], "in use by another process")
+        assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
 @pytest.mark.parametrize("name", ["", "final"])
 def test_a_dangling_link_is_named(flags, tmp_path, refused, name):
     (tmp_path / "out").mkdir()
