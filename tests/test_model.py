@@ -1,7 +1,7 @@
 """Models that a user may bring: what is trained is right, and what can't be is refused in one line.
 
-The check before training (packed rows, causal models, rows that run), LoRA targets, adapters to continue from, and what a
-resumed run compares of its weights. Models are tiny, random and of many architectures.
+The check before training (packed rows, causal models, rows that run), LoRA targets, adapters to continue from, and what
+a resumed run compares of its weights. Models are tiny, random and of many architectures.
 """
 
 import json
