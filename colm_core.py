@@ -621,7 +621,7 @@ def find_v_projection(model: nn.Module, module_name: str | None = None) -> VProj
             raise ValueError(_candidates(model, f"no module is named {module_name}"))
         if not named:
             kind = type(matches[-1]).__name__
-            raise ValueError(f"{module_name} is a {kind} with no weight matrix: name a linear projection")
+            raise ValueError(_candidates(model, f"{module_name} is a {kind}, no projection of the model's own"))
     try:
         with _trial(model) as batch:
             ran = _run_with_leaves(model, batch, projections)

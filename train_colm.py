@@ -201,6 +201,9 @@ def flags_given(argv: list[str]) -> set[str]:
 
 def check_args(args: argparse.Namespace) -> None:
     """Rules that need no data."""
+    for name, value in vars(args).items():
+        if value in ("", [""]) and name != "cache_dir":
+            raise UserError(f"--{name} is empty, as an unset shell variable makes it: give a value or drop the flag")
     positive = ["pool_size", "coreset_size", "num_directions", "spsa_eps", "sparsify_dims", "lora_alpha"]
     positive += ["learning_rate", "max_grad_norm", "num_epochs", "max_tokens_per_micro_batch", "keep_checkpoints"]
     if args.max_steps is not None:
@@ -629,7 +632,8 @@ def train_loop(run: Run, start: int) -> None:
         clock.mark("select")
 
         # One optimizer update on the coreset alone.
-        loss = accumulate_gradients(run, pool, choice, step)
+        with untrainable_in_one_line(args) if step == start else nullcontext():
+            loss = accumulate_gradients(run, pool, choice, step)
         lr = run.scheduler.get_last_lr()[0]
         norm = update(run, choice, loss)
         if norm is None:
@@ -656,6 +660,22 @@ def train_loop(run: Run, start: int) -> None:
             reason = run.stop or "a signal to another process"
             accelerator.print(f"stopped by {reason} after step {done}: resume from {path} with --resume auto")
             raise SystemExit(0)
+
+
+@contextmanager
+def untrainable_in_one_line(args):
+    """For the first step: a model may train on other rows than it evaluates, or have no backward pass for adapters."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model of any architecture may raise
+        if is_compiler_error(error):
+            raise
+        raise UserError(
+            f"--model {args.model} can't be trained, its first step fails ({one_line(error)}): give another causal LM, "
+            "or change the flags that this names"
+        ) from error
 
 
 def log_step(run: Run, done: int, pool: Tensor, choice: Choice, clock: Clock, **values: float) -> None:
@@ -829,6 +849,11 @@ def demo_model(args, tokenizer):
 def one_line(error: Exception) -> str:
     """An exception's kind and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Does it come from torch.compile? Its errors have a common class, which takes a second to import."""
+    return "TorchDynamoException" in [kind.__name__ for kind in type(error).__mro__]
 
 
 def say(text: str) -> None:
@@ -1437,7 +1462,9 @@ def remedy(folder: Path, error: Exception) -> str:
     """What to do when nothing could be written: a full disk has many names, and other causes are not about space."""
     little = 100 << 20  # bytes; most checkpoints are larger
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or shutil.disk_usage(folder).free < little:
+    if folder.exists():  # it may be what could not be made
+        full = full or shutil.disk_usage(folder).free < little
+    if full:
         step = f"free space in {folder}"
     else:
         step = f"make {folder} writable"
@@ -1656,6 +1683,9 @@ def find_checkpoint(args, folder: Path) -> Path | None:
         return path
     if args.resume and args.overwrite:
         raise UserError("--resume auto and --overwrite exclude each other: drop one")
+    for path in [*checkpoints(folder), folder / "final"]:
+        if args.overwrite and args.model and path.resolve() == Path(args.model).resolve():
+            raise UserError(f"--overwrite would delete --model {args.model}: choose another --output_dir")
     for path in (folder, folder / "final"):
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: remove the link")
@@ -1927,6 +1957,8 @@ def cli(argv: list[str]) -> None:
         )
         sys.exit(2)
     except (UserError, OSError, RuntimeError) as error:
+        if is_compiler_error(error):
+            error = UserError(f"--compile fails on this model ({one_line(error)}): drop the flag")
         full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
         unpackable = "--no-packing" in str(error)  # `packed_attention` knows no UserError, but names the remedy
         if not (isinstance(error, UserError) or full_disk or unpackable):

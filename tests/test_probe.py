@@ -590,8 +590,8 @@ def test_finding_leaves_no_trace(name):
     ("name", "problem"),
     [
         ("lm_head", "lies in no nn.ModuleList.*--probe_module"),
-        ("post_attention_layernorm", "no weight matrix"),
-        ("self_attn", "no weight matrix"),
+        ("post_attention_layernorm", "no projection"),
+        ("self_attn", "no projection"),
     ],
 )
 def test_a_named_module_that_cannot_be_probed_is_refused(name, problem):

@@ -719,6 +719,51 @@ def test_another_run_in_the_output_folder_is_refused_or_deleted(flags, refused, 
     assert len(losses(tmp_path)) == 2 and not (tmp_path / "final").exists()
 
 
+@pytest.mark.parametrize("name", ["final", "checkpoint-000006"])
+def test_overwriting_never_deletes_the_model_that_is_trained(whole, flags, refused, name):
+    model = whole / name
+    argv = flags(whole, DROPOUT, "--overwrite", f"--model {model}")
+    for flag in ("--lora_r", "--lora_alpha"):
+        at = argv.index(flag)
+        del argv[at : at + 2]
+    at = argv.index("--lora_dropout")
+    del argv[at : at + 2]
+    refused(argv, "--overwrite would delete", str(model))
+    assert (model / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["output_dir", "model", "eval_file", "train_file", "probe_module"])
+def test_an_empty_value_is_refused(flags, refused, tmp_path, name):
+    """An empty --output_dir would be the folder that the user happens to be in."""
+    refused([*flags(tmp_path), f"--{name}", ""], f"--{name} is empty")
+
+
+def test_a_folder_that_cannot_be_made_is_named(flags, refused):
+    """Root may write everywhere but in the kernel's own file systems."""
+    refused(flags(Path("/proc/run")), "/proc/run", "could not be written")
+
+
+def test_a_model_that_cannot_be_compiled_is_told_in_one_line(flags, refused, tmp_path, monkeypatch):
+    def fail(graph, inputs):
+        raise AttributeError("no such kernel")
+
+    def compile_by_failing(module, **options):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=fail)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_failing)
+    refused(flags(tmp_path, "--compile"), "--compile", "no such kernel", "drop the flag")
+
+
+def test_a_model_that_runs_but_cannot_be_trained_is_told_in_one_line(flags, refused, tmp_path):
+    """Reformer's backward pass is its own and needs a trained embedding."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 512, "is_decoder": True}
+    config = AutoConfig.for_model("reformer", **sizes, axial_pos_embds=False, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    colm_data.demo_tokenizer().save_pretrained(tmp_path / "model")
+    settings = ["--selection random", f"--model {tmp_path}/model"]
+    refused(flags(tmp_path / "out", *settings), "can't be trained", "does not require grad")
+
+
 def test_a_folder_beside_the_checkpoints_is_no_checkpoint(flags, tmp_path):
     assert train(flags(tmp_path, DROPOUT), stop_after=2) == 0
     shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / "checkpoint-000002-backup")
