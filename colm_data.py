@@ -67,9 +67,9 @@ def config_flags(path: str) -> list[str]:
             prefix = "" if value else "no-"
             flags.append(f"--{prefix}{key}")
         elif isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            flags += [f"--{key}", *map(str, value)] if value else []
         elif value is not None:
-            flags += [f"--{key}", str(value)]
+            flags.append(f"--{key}={value}")  # in one piece: -1e-3 alone would look like a flag
     return flags
 
 

@@ -950,6 +950,7 @@ def load_adapter(model, folder: Path | str):
     """The adapter in `folder` over its base, to be trained further, in fp32."""
     import peft
 
+    base = model.name_or_path
     try:
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device="cpu")
         saved = peft.load_peft_weights(str(folder), device="cpu").keys()
@@ -960,12 +961,14 @@ def load_adapter(model, folder: Path | str):
             f"{folder}/adapter_model.safetensors can't be read ({one_line(error)}): "
             "give another adapter of this base model"
         ) from None
-    missing = sorted(peft.get_peft_model_state_dict(model).keys() - saved)
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)  # their frozen weights are the base's
+    missing = sorted(expected.keys() - saved)
     if missing:  # PEFT only warns, and would continue with new weights
         raise UserError(
             f"{folder}/adapter_model.safetensors lacks {len(missing)} weights, such as {missing[0]}: "
             "give another adapter of this base model"
         )
+    model.peft_config["default"].base_model_name_or_path = base  # it may have moved since the folder was written
     return model
 
 
@@ -1145,13 +1148,14 @@ def model_fingerprint(args) -> str:
         return f"the demo's, mixed_precision {precision}"
     from transformers import AutoConfig
 
-    base, adapter = args.model, ""
+    base, adapter, remedy = args.model, "", "give a causal LM"
     if is_adapter(args.model):
         base, adapter = adapter_config(args.model).base_model_name_or_path, f" adapter {weights_digest(args.model)}"
+        remedy = f"name its base model in base_model_name_or_path of {args.model}/adapter_config.json"
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the hub, configs and remote code each raise their own kinds
-        raise UserError(f"--model {args.model}: {one_line(error)}: give a causal LM") from None
+        raise UserError(f"--model {args.model}: {one_line(error)}: {remedy}") from None
     shape = config.to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype"):  # where it lies and what wrote it changes no result
         shape.pop(name, None)
@@ -1575,8 +1579,9 @@ def draw_run(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 # Settings that may differ when a run resumes; every other one shapes the result.
-FREE_ON_RESUME = {"config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints", "report_to"}
+FREE_ON_RESUME = {"config", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints"}
 FREE_ON_RESUME |= {"eval_file", "eval_every", "trust_remote_code"}
+FREE_ON_RESUME |= {"report_to", "run_name"}  # what is shown of it
 FREE_ON_RESUME |= {"train_file", "cache_dir"}  # paths may move: the data itself is compared
 FREE_ON_RESUME |= {"packing", "compile", "gradient_checkpointing", "max_tokens_per_micro_batch"}  # speed and memory
 
@@ -1791,7 +1796,7 @@ def open_output(run: Run, checkpoint: Path | None, start: int):
             raise UserError(f"--output_dir {folder} has been written to by another run: start again")
         stale = [path for path in checkpoints(folder) if run.args.overwrite or step_of(path) > start]
         if run.args.overwrite:
-            stale += [folder / "final", folder / "tensorboard", folder / "wandb_id"]
+            stale += [folder / "final", folder / "tensorboard", folder / "wandb_id", folder / "run.png"]
         for path in [*folder.glob("tmp-*"), *stale]:
             remove(path)
         keep_up_to = start if checkpoint else -1  # -1: a new run writes the evaluation before step 1, too
@@ -1893,10 +1898,12 @@ def stop_on_signals(run: Run) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, ask)
-    # `accelerate launch` runs a single process as its child and passes no signal on: have the kernel send one when the
-    # launcher ends. A shell is not a launcher: a run in its background outlives it.
+    # `accelerate launch` runs a single process as its child and passes no signal on, and SIGUSR1 or SIGKILL ends
+    # torchrun without a word to its ranks: have the kernel send a signal when the launcher ends. A shell is no
+    # launcher: a run in its background outlives it.
     parent = Path(f"/proc/{os.getppid()}/cmdline")
-    if parent.exists() and b"accelerate" in parent.read_bytes():
+    launchers = (b"accelerate", b"torchrun", b"torch.distributed")
+    if parent.exists() and any(name in parent.read_bytes() for name in launchers):
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 

@@ -1525,3 +1525,9 @@ def test_the_accelerate_configs_are_the_promised_ones():
         assert settings[name]["fsdp_config"]["fsdp_version"] == 2
         assert settings[name]["fsdp_config"]["fsdp_activation_checkpointing"] is False
     assert settings["fsdp2_multi_node"]["num_machines"] == 2
+
+
+def test_config_files_hold_empty_lists_and_negative_numbers(tmp_path):
+    (tmp_path / "flags.yaml").write_text("report_to: []\nlearning_rate: -1e-3\nkeep_sources: [a, b]\ncache_dir: ''\n")
+    expected = ["--learning_rate=-1e-3", "--keep_sources", "a", "b", "--cache_dir="]
+    assert colm_data.config_flags(str(tmp_path / "flags.yaml")) == expected

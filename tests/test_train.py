@@ -732,6 +732,23 @@ def test_overwriting_never_deletes_the_model_that_is_trained(whole, flags, refus
     assert (model / "adapter_model.safetensors").exists()
 
 
+def test_an_adapter_of_the_embedding_is_continued_and_resumed(flags, tmp_path):
+    """PEFT would store the frozen embedding beside such an adapter, and the checkpoints hold what is trained alone."""
+    targets = "--lora_target_modules v_proj embed_tokens"
+    assert train(flags(tmp_path / "run", DROPOUT, targets), stop_after=3) == 0
+    assert train(flags(tmp_path / "run", DROPOUT, targets, "--resume auto")) == 0
+    assert train(flags(tmp_path / "whole", DROPOUT, targets)) == 0
+    assert_identical(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_adapter_names_its_base_where_it_lay_last(flags, inputs, tmp_path):
+    assert train(flags(tmp_path / "run", DROPOUT), stop_after=3) == 0
+    shutil.copytree(inputs / "model", tmp_path / "moved")
+    assert train(flags(tmp_path / "run", DROPOUT, f"--resume auto --run_name other --model {tmp_path}/moved")) == 0
+    config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "moved")
+
+
 @pytest.mark.parametrize("name", ["output_dir", "model", "eval_file", "train_file", "probe_module"])
 def test_an_empty_value_is_refused(flags, refused, tmp_path, name):
     """An empty --output_dir would be the folder that the user happens to be in."""
