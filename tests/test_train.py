@@ -509,6 +509,21 @@ def test_ending_accelerate_launch_ends_the_run_with_a_checkpoint(flags, tmp_path
             os.killpg(launcher.pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGKILL"])
+def test_ranks_end_with_a_checkpoint_when_torchrun_ends_without_a_word(flags, tmp_path, name):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    launcher = start(*command, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
+    launcher.send_signal(getattr(signal, name))
+    deadline = time.monotonic() + 60
+    while not train_colm.checkpoints(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        assert train_colm.checkpoints(tmp_path)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
 def test_two_runs_never_share_an_output_folder(flags, tmp_path, refused):
     process = start(sys.executable, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
     try:
