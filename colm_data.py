@@ -5,6 +5,13 @@
 The order of this file is that order. One mechanism serves all formats: a row becomes a text and the character spans of
 its answers; the tokens of these spans, each with the token that ends it, are supervised, and nothing else is.
 
+    row                                               supervised (--train_on last: the last answer alone)
+    instruction, input, output                        output and EOS, after Alpaca's prompt
+    the same with system, history                     every answer of the history, and the output, each with EOS
+    prompt, completion (strings)                      completion and EOS
+    messages, conversations (ShareGPT),               every assistant turn and the token that ends it, as the
+    prompt and completion as lists (TRL)              tokenizer's chat template writes them
+
 Also here, because every script needs them: `UserError`, the flag parser, and writing files whole or not at all.
 """
 
