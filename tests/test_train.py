@@ -481,15 +481,32 @@ def test_signals_save_and_say_how_to_resume(flags, tmp_path, name):
     assert [p.name for p in train_colm.checkpoints(tmp_path)] == [f"checkpoint-{step:06d}"]
 
 
-def test_a_second_ctrl_c_ends_at_once(flags, tmp_path):
-    process = start(sys.executable, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
-    os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        os.kill(process.pid, signal.SIGCONT)
-        time.sleep(0.01)
-    process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 0)  # 0: the step ended between the two
+def test_a_second_ctrl_c_ends_at_once():
+    """A run that is asked twice within one step, which here never ends."""
+    lines = [
+        "import os, signal, time, types, train_colm",
+        "run = types.SimpleNamespace(stop=None)",
+        "train_colm.stop_on_signals(run)",
+        "os.kill(os.getpid(), signal.SIGINT)",
+        "print('asked by', run.stop, flush=True)",
+        "os.kill(os.getpid(), signal.SIGINT)",
+        "time.sleep(30)",
+    ]
+    done = launch(sys.executable, "-c", "\n".join(lines), timeout=60, cwd=REPO)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "asked by SIGINT\n")
+
+
+def assert_ends_with_a_checkpoint(launcher: subprocess.Popen, number: signal.Signals, folder: Path) -> None:
+    """A signal to the launcher alone ends an endless run that saves nothing by itself."""
+    launcher.send_signal(number)
+    deadline = time.monotonic() + 60
+    while not train_colm.checkpoints(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        assert train_colm.checkpoints(folder)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -498,30 +515,14 @@ def test_ending_accelerate_launch_ends_the_run_with_a_checkpoint(flags, tmp_path
     if ranks > 1:
         settings += ["--multi_gpu", f"--main_process_port={free_port()}"]
     launcher = start(*accelerate_launch(*settings, SCRIPT), *flags(tmp_path, ENDLESS), folder=tmp_path)
-    launcher.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while not train_colm.checkpoints(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    try:
-        assert train_colm.checkpoints(tmp_path)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
+    assert_ends_with_a_checkpoint(launcher, signal.SIGTERM, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGKILL"])
 def test_ranks_end_with_a_checkpoint_when_torchrun_ends_without_a_word(flags, tmp_path, name):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     launcher = start(*command, SCRIPT, *flags(tmp_path, ENDLESS), folder=tmp_path)
-    launcher.send_signal(getattr(signal, name))
-    deadline = time.monotonic() + 60
-    while not train_colm.checkpoints(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    try:
-        assert train_colm.checkpoints(tmp_path)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
+    assert_ends_with_a_checkpoint(launcher, getattr(signal, name), tmp_path)
 
 
 def test_two_runs_never_share_an_output_folder(flags, tmp_path, refused):
