@@ -67,7 +67,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 from transformers.utils import cached_file
 
 from colm_data import (
@@ -81,7 +81,7 @@ from colm_data import (
     replacing,
     stop_ids,
 )
-from train_colm import compute_in, load_base
+from train_colm import load_base
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -1386,16 +1386,11 @@ def load(args: argparse.Namespace, device: torch.device):
 
 def load_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
     """An adapter merged into its base where that is exact, or else beside it."""
-    if args.base_precision == "nf4":
-        model = read_adapter(args, base, dtype)
-    else:
-        model = read_adapter(args, base, torch.float32)  # in half precision, merging would round small adapters away
-    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-        compute_in(model, dtype)
-        return model.get_base_model()  # its layers hold the adapter's: what PeftModel.forward would call
-    if getattr(model.get_base_model(), "is_quantized", False):
-        return model.get_base_model()
-    model = merged(model)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    if args.base_precision == "nf4" or getattr(config, "quantization_config", None):
+        # The layers of the base, which hold the adapter's: what PeftModel.forward would call.
+        return read_adapter(args, base, dtype).get_base_model()
+    model = merged(read_adapter(args, base, torch.float32))  # in half precision, small adapters would be rounded away
     if model is None:
         print(f"warning: merging {args.model} would change its answers: it stays apart", file=sys.stderr)
         model = read_adapter(args, base, torch.float32).get_base_model()

@@ -218,6 +218,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
     if not 0 <= args.keep_share <= 1:
         raise UserError(f"--keep_share {args.keep_share} is out of range: give 0 to 1")
+    if args.num_directions > 1 and args.probe == "grad":
+        raise UserError(f"--num_directions {args.num_directions} has no effect with --probe grad: drop one")
     if args.keep_share < 1 and args.selection not in ("colm", "random_keep"):
         raise UserError(f"--keep_share has no effect with --selection {args.selection}: drop one")
     for name in ("lora_dropout", "warmup_ratio"):
@@ -866,13 +868,23 @@ def load_base(base: str | Path, args, dtype: torch.dtype, sharded: bool = False)
         raise UserError(f"{base} has 8-bit layers of bitsandbytes, which are not supported: give other weights of it")
     if getattr(model, "is_loaded_in_4bit", False):
         compute_in(model, dtype)
+        packed = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model))
+        whole = sum(p.numel() for p in model.parameters() if type(p) is torch.nn.Parameter)
+        if packed < whole:
+            share = packed / (packed + whole)
+            say(f"only {share:.0%} of the weights take 4 bits: bitsandbytes packs nothing but linear layers")
     return model
+
+
+def four_bit_layers(model) -> list[torch.nn.Module]:
+    """The layers of bitsandbytes in a model that it quantised to 4 bits."""
+    return [module for module in model.modules() if hasattr(module, "compute_type_is_set")]
 
 
 def compute_in(model, dtype: torch.dtype) -> None:
     """Have a 4-bit model of bitsandbytes compute in `dtype`, whatever its checkpoint's settings and weights say."""
     for p in model.parameters():
-        if type(p) is torch.nn.Parameter and p.is_floating_point():  # 4-bit weights are of another type
+        if type(p) is torch.nn.Parameter and p.dtype in (torch.float16, torch.bfloat16):  # packed ones are Params4bit
             p.data = p.data.to(dtype)
 
     def cast_input(module, args):
@@ -880,13 +892,12 @@ def compute_in(model, dtype: torch.dtype) -> None:
         # attention would run in float32.
         return (args[0].to(dtype), *args[1:])
 
-    for module in model.modules():
-        if hasattr(module, "compute_type_is_set"):
-            module.compute_dtype, module.compute_type_is_set = dtype, True
-            module.weight.quant_state.dtype = dtype  # of the weights in the backward pass
-            module.register_forward_pre_hook(cast_input)
-            # On some CPUs the first evaluation would change to a bf16 kernel that has no backward pass.
-            module.support_avx512bf16_for_cpu = False
+    for layer in four_bit_layers(model):
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+        layer.weight.quant_state.dtype = dtype  # of the weights in the backward pass
+        layer.register_forward_pre_hook(cast_input)
+        # On some CPUs the first evaluation would change to a bf16 kernel that has no backward pass.
+        layer.support_avx512bf16_for_cpu = False
 
 
 def demo_model(args, tokenizer):

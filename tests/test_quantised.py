@@ -215,6 +215,15 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_is_evaluated_on_4_bits(inputs
     assert not torch.allclose(logits["compute"], expected, rtol=1e-2)
 
 
+def test_compiled_layers_compute_the_same(inputs, tmp_path):
+    text = "--base_precision nf4 --lora_dropout 0 --max_steps 2"
+    eager = train(flags(inputs, tmp_path / "eager", text))
+    compiled = train(flags(inputs, tmp_path / "compiled", text + " --compile"))
+    losses = [[record["loss"] for record in read_records(folder / "metrics.jsonl")] for folder in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (eager / "selection.jsonl").read_text() == (compiled / "selection.jsonl").read_text()
+
+
 def torchrun(script: Path, *arguments: str, **environment: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(

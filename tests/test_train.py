@@ -646,6 +646,10 @@ def newest(folder: Path) -> int:
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
+def test_directions_that_no_probe_takes_are_refused(flags, refused, tmp_path):
+    refused(flags(tmp_path / "out", "--probe grad --num_directions 2"), "--num_directions 2 has no effect", "drop one")
+
+
 def test_a_run_with_other_settings_is_not_resumed(whole, flags, inputs, refused, tmp_path):
     before = selection(whole)
     for change in ("--seed 1", "--learning_rate 2e-2", "--coreset_size 9", "--probe grad", "--num_directions 3"):
@@ -874,7 +878,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "final" / "weights").read_text() == "new"
 
 
-@pytest.mark.parametrize("probe", ["spsa", "grad"])
+@pytest.mark.parametrize("probe", ["--probe spsa --num_directions 2", "--probe grad"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path, probe, value):
     original, bad_rows = train_colm.probe_pool, []
@@ -887,7 +891,7 @@ def test_examples_without_a_finite_probe_are_skipped_and_counted(flags, tmp_path
         return gradients
 
     with mock.patch.object(train_colm, "probe_pool", probe_pool):
-        assert train(flags(tmp_path, f"--probe {probe} --num_directions 2")) == 0
+        assert train(flags(tmp_path, probe)) == 0
     for metrics, record, bad in zip(steps(tmp_path), steps(tmp_path, "selection"), bad_rows, strict=True):
         assert metrics["skipped_probes"] == len(bad) > 0
         assert len(record["selected"]) == 10 and not bad & set(record["selected"])
