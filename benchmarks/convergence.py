@@ -172,6 +172,18 @@ def measure(run, spec: dict) -> dict:
     return result | {"taken": taken, "seconds": round(time.time() - start, 1)}
 
 
+def accuracy(run, spec: dict) -> dict:
+    """Scores of the trained adapter by eval_math.py with the flags of --accuracy: {task: [paper, strict]}."""
+    import eval_math
+
+    Path(run.args.output_dir).mkdir(parents=True, exist_ok=True)
+    model, folder = str(train_colm.save_final(run)), Path(run.args.output_dir) / "scores"
+    vars(run).pop("model", None)
+    eval_math.main(["--model", model, "--output_dir", str(folder), "--overwrite", *spec["accuracy"].split()])
+    tasks = json.loads((folder / "results.json").read_text())["tasks"]
+    return {task: [found[name]["score"] for name in ("paper", "strict") if name in found] for task, found in tasks.items()}
+
+
 def worker() -> None:
     """Run the specs that stdin names, one after another; each leaves its JSON. The first to fail ends the process: it
     may leave a device in no state to go on."""
@@ -183,6 +195,8 @@ def worker() -> None:
             gc.collect()
             run = load_run(spec)
             result = measure(run, spec)
+            if spec["accuracy"]:
+                result["accuracy"] = accuracy(run, spec)
             digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in run.trained))
             card = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
             about = {"card": card, "weights": digest.hexdigest()[:16], "code": code_digest()}
@@ -264,18 +278,19 @@ def clean_data(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def spoilt(clean: Path, regime: str, dedup: bool, max_length: int) -> Path:
+def spoilt(clean: Path, regime: str, dedup: str, max_length: int) -> Path:
     """The tokenised parts with training rows under `regime`, and without their near copies if `dedup`; made once."""
     recipe = sha(clean.stem, regime, dedup, max_length, Path(experiments.__file__).read_bytes())
-    path = clean.with_name(f"data-{regime}{'-dedup' if dedup else ''}-{recipe}.pt")
+    path = clean.with_name(f"data-{regime}-{dedup}-{recipe}.pt")
     if path.exists():
         return path
     data = clean_data(clean)
     train, marks = experiments.spoil(TokenizedRows(**data["train"]), regime, 0, max_length)
     if dedup:
-        cache = clean.with_name(f"rows-{sha(train.fingerprint())}.json")  # small enough to carry to another machine
+        cache = clean.with_name(f"rows-{dedup}-{sha(train.fingerprint())}.json")  # small enough to carry to another machine
         if not cache.exists():
-            cache.write_text(json.dumps(experiments.without_near_copies(train)))
+            remove = experiments.without_copies if dedup == "exact" else experiments.without_near_copies
+            cache.write_text(json.dumps(remove(train)))
         stays = json.loads(cache.read_text())
         print(f"{regime}: {len(stays)} of {len(train)} rows are left without near copies", flush=True)
         train = experiments.joined(train, [train.example(i) for i in stays], train.sources[stays])
@@ -288,9 +303,12 @@ def spoilt(clean: Path, regime: str, dedup: bool, max_length: int) -> Path:
 # --------------------------------------------------------------------------------------------------------- many runs
 
 
-def parse_setting(setting: str) -> tuple[str, bool, str]:
+def parse_setting(setting: str) -> tuple[str, str, str]:
     """(name in SETTINGS, are near copies removed?, flags of train_colm.py)."""
-    base, dedup, flags = setting.removeprefix("dedup+"), setting.startswith("dedup+"), ""
+    dedup, _, base = setting.rpartition("+")
+    if dedup not in ("", "dedup", "exact"):
+        raise UserError(f"--cells: {dedup}+ is unknown: choose dedup+ or exact+")
+    flags = ""
     for power in ("sqrt", "tokens"):
         if base.endswith(f"-{power}"):
             base, flags = base.removesuffix(f"-{power}"), f" --example_weights {power}"
@@ -310,7 +328,7 @@ def parse_cells(texts: list[str]) -> list[Cell]:
             if unknown := set(regime.split("+")) - set(REGIMES):
                 raise UserError(f"--cells: the regime {unknown.pop()} is unknown: choose from {', '.join(REGIMES)}")
         for budget in budgets:
-            if budget not in BUDGETS:
+            if not re.fullmatch(r"steps|cost(@0?\.\d+)?", budget):
                 raise UserError(f"--cells: the budget {budget} is unknown: choose from {', '.join(BUDGETS)}")
         for setting in settings:
             parse_setting(setting)
@@ -327,9 +345,9 @@ def make_spec(own, flags: list[str], cell: Cell, rate: float, seed: int, clean: 
     args = train_colm.parse_args(argv)  # a bad flag is told now
     data = spoilt(clean, cell.regime, dedup, args.max_length)
     spec = {"cell": cell.name, "regime": cell.regime, "setting": cell.setting, "budget": cell.budget}
-    spec |= {"rate": rate, "seed": seed, "base": base, "price": own.price, "evaluations": own.evaluations}
-    spec |= {"eval_start": own.eval_start, "amount": own.steps}
-    if cell.budget == "cost":  # the same for all regimes and settings: tokens of so many clean rows
+    spec |= {"rate": rate, "seed": seed, "base": base, "price": float(cell.budget.partition("@")[2] or own.price), "evaluations": own.evaluations}
+    spec |= {"eval_start": own.eval_start, "amount": own.steps, "accuracy": own.accuracy}
+    if cell.budget != "steps":  # the same for all regimes and settings: tokens of so many clean rows
         sizes = clean_data(clean)["train"]
         coreset = train_colm.parse_args([*flags, *model]).coreset_size
         spec["amount"] = own.steps * coreset * sizes["offsets"][-1] / (len(sizes["offsets"]) - 1)
@@ -520,6 +538,7 @@ def compact(run: dict) -> dict:
         "probe_tokens",
     )
     small = {key: run[key] for key in (*shown, "diverged", "seconds", "card", "code", "weights", "eval")}
+    small["accuracy"] = run.get("accuracy", {})
     small["taken"] = {mark: eighths(shares) for mark, shares in run["taken"].items()}
     return json.loads(json.dumps(small), parse_float=lambda number: float(f"{float(number):.6g}"))
 
@@ -544,6 +563,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split_seed", type=int, default=0)
     add("--evaluations", type=int, default=3, help="per run, evenly over the budget")
     add("--eval_start", action="store_true", help="evaluate before training, too")
+    add("--accuracy", default="", help="flags of eval_math.py: score each trained adapter, too")
     add("--jobs", type=int, default=1, help="runs at once; each holds a model of its own in memory")
     add("--stop_after", type=float, default=float("inf"), help="start no run after so many seconds")
     add("--work", default="colm_output/convergence", help="folder of finished runs and tokenised rows")

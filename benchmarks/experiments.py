@@ -192,6 +192,17 @@ def without_near_copies(data: TokenizedRows, threshold: float = 0.5, n: int = 2)
     return kept
 
 
+def without_copies(data: TokenizedRows) -> list[int]:
+    """Rows to train on: each row is dropped whose tokens are those of a row before it."""
+    seen, kept = set(), []
+    for i in range(len(data)):
+        key = data.example(i).ids.numpy().tobytes()
+        if key not in seen:
+            seen.add(key)
+            kept.append(i)
+    return kept
+
+
 # ---------------------------------------------------------------------------------------------------------- selections
 
 
@@ -325,6 +336,92 @@ def fresh(run, pool, step, clock, threshold=0.8):
     return remember(run, chosen(run, pool, order[: run.args.coreset_size]))
 
 
+def fresh_within(alike=0.8, copy=9.0, recent=RECENT):
+    """As many rows of each source as random_keep draws of the first 2 K of the pool; within a source those come last
+    that resemble (`alike`) a row taken lately or in this step, and rows that resemble one by `copy` are not taken."""
+
+    def choose(run, pool, step, clock):
+        k, memory = run.args.coreset_size, run.memory
+        bags = tf_idf(run, pool).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+        like, own = torch.zeros(len(pool)), (bags @ bags.T).float().cpu()
+        if "taken" in memory:
+            itself = (pool[:, None] == memory["rows"]).to(run.device)  # in a later epoch a row is no copy of itself
+            like = (bags @ memory["taken"].T).masked_fill(itself, 0).amax(1).float().cpu()
+        sources, small = run.train.sources[pool].tolist(), is_small(run, pool)
+        drawn = first_of(shuffled(run, min(2 * k, len(pool)), step), small[: 2 * k])[:k]
+        left = [0] * len(run.train.names)
+        for i in drawn.tolist():
+            left[sources[i]] += 1
+        taken, late = [], []
+        for i in shuffled(run, len(pool), step).tolist():
+            likeness = max(float(like[i]), float(own[i, taken].max()) if taken else 0.0)
+            if likeness >= alike:
+                late.append((i, likeness))
+            elif left[sources[i]]:
+                taken.append(i)
+                left[sources[i]] -= 1
+        for i, likeness in late:
+            if left[sources[i]] and likeness < copy:
+                taken.append(i)
+                left[sources[i]] -= 1
+        index = torch.tensor(taken or late[0][:1])
+        kept = bags[index.to(run.device)]
+        memory["taken"] = torch.cat([memory["taken"], kept])[-recent:] if "taken" in memory else kept
+        memory["rows"] = torch.cat([memory.get("rows", pool[:0]), pool[index]])[-recent:]
+        return chosen(run, pool, index)
+
+    return choose
+
+
+def half_probe(run, pool, step, clock):
+    """The trainer's medoids among a random half of the big sources' rows; the other half has no probe."""
+    small = is_small(run, pool)
+    order = first_of(shuffled(run, len(pool), step), small)
+    places = order[: int(small.sum()) + int((~small).sum()) // 2].sort().values
+    part = train_colm.choose_coreset(run, pool[places], step, clock)
+    weight = part.weight.new_zeros(len(pool))
+    weight[places] = part.weight
+    return replace(part, index=places[part.index], weight=weight, kept=small)
+
+
+SKIP = 0.5  # InfoBatch's r
+
+
+def infobatch(run, pool, step, clock):
+    """Qin et al., 2024, arXiv 2303.04947: of rows seen before, those whose last loss is below the mean are left out with
+    probability SKIP, and the others of them weigh 1 / (1 - SKIP) times as much. Small sources first, as in random_keep."""
+    if "last" not in run.memory:
+        watch_losses(run)
+    last = run.memory["last"][pool]
+    seen = run.memory["last"][~run.memory["last"].isnan()]
+    learnt = last < seen.mean() if len(seen) else torch.zeros(len(pool), dtype=torch.bool)
+    generator = train_colm.generator_of(run.args.seed, "skip", step)
+    skipped = learnt & (torch.rand(len(pool), generator=generator) < SKIP)
+    order = first_of(shuffled(run, len(pool), step), ~skipped, is_small(run, pool))
+    choice = chosen(run, pool, order[: run.args.coreset_size])
+    return replace(choice, weight=choice.weight * torch.where(learnt & ~skipped, 1 / (1 - SKIP), 1.0))
+
+
+def watch_losses(run):
+    """Keep each row's last training loss in run.memory["last"]."""
+    memory, batches, losses_of = run.memory, type(run).micro_batches, micro_batch_losses
+    memory["last"] = torch.full((len(run.train),), float("nan"))
+
+    def watched(data, rows, *args, **kwargs):
+        for positions, batch, is_last in batches(run, data, rows, *args, **kwargs):
+            memory["now"] = rows[positions]
+            yield positions, batch, is_last
+
+    def watched_losses(model, labelled_logits, batch):
+        result = losses_of(model, labelled_logits, batch)
+        if torch.is_grad_enabled():
+            memory["last"][memory["now"]] = result[0].detach()[: len(memory["now"])].float().cpu()
+        return result
+
+    run.micro_batches = watched
+    train_colm.micro_batch_losses = watched_losses
+
+
 GRAD = "--selection colm --probe grad"
 KEEP = "--selection random_keep"
 SELECTIONS = {  # name: (function, flags of train_colm.py that it goes by)
@@ -336,4 +433,11 @@ SELECTIONS = {  # name: (function, flags of train_colm.py that it goes by)
     "tfidf-medoids": (medoids_of(bags_of), GRAD + " --similarity cosine"),
     "least_like": (least_like, KEEP),
     "fresh": (fresh, KEEP),
+    "fresh_source": (fresh_within(), KEEP),
+    "fresh_wide": (fresh_within(), KEEP + " --pool_size 256"),
+    "fresh_skip": (fresh_within(copy=0.95, recent=1 << 60), KEEP),
+    "fresh_skip98": (fresh_within(copy=0.98, recent=1 << 60), KEEP),
+    "fresh_wide_skip": (fresh_within(copy=0.95, recent=1 << 60), KEEP + " --pool_size 256"),
+    "half_probe": (half_probe, GRAD),
+    "infobatch": (infobatch, KEEP),
 }
