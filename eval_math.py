@@ -67,7 +67,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.utils import cached_file
 
 from colm_data import (
@@ -81,6 +81,7 @@ from colm_data import (
     replacing,
     stop_ids,
 )
+from train_colm import compute_in, load_base
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -138,6 +139,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=1024)
     add("--max_tokens_per_batch", type=int, default=65536, help="prompt and new tokens in the KV cache, with padding")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU")
+    add(
+        "--base_precision",
+        choices=["compute", "nf4"],
+        help="nf4: base weights in 4 bits; default: as trained",
+    )
     args = parser.parse_args(argv)
     for name in ("max_rows", "program_seconds", "max_new_tokens", "max_tokens_per_batch"):
         value = getattr(args, name)
@@ -1320,10 +1326,9 @@ def find_file(model: str, name: str) -> str | None:
         return None
 
 
-def read_adapter(args: argparse.Namespace, base: str, remote: dict):
-    """An adapter on its base, unmerged, in float32: merged in half precision, small adapters would be rounded away."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **remote)
-    return PeftModel.from_pretrained(model, args.model).eval()
+def read_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
+    """An adapter on its base, unmerged."""
+    return PeftModel.from_pretrained(load_base(base, args, dtype), args.model).eval()
 
 
 @torch.no_grad()
@@ -1352,15 +1357,13 @@ def load(args: argparse.Namespace, device: torch.device):
     dtype = torch.bfloat16 if half else torch.float32
     try:
         if config is None:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **remote)
+            model = load_base(base, args, dtype)
         else:
             base = args.base_model or json.loads(Path(config).read_text())["base_model_name_or_path"]
             remedy = f"its base is {base}, name another with --base_model"
-            model = merged(read_adapter(args, base, remote))
-            if model is None:
-                # The layers of the base, which hold the adapter's: what PeftModel.forward would call.
-                model = read_adapter(args, base, remote).get_base_model()
-                print(f"warning: merging {args.model} would change its answers: it stays apart", file=sys.stderr)
+            model = load_adapter(args, base, dtype)
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # the hub, configs, adapters and remote code each raise their own kinds
         raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:160]}: {remedy}") from None
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -1374,7 +1377,37 @@ def load(args: argparse.Namespace, device: torch.device):
     else:
         tokenizer = load_tokenizer(argparse.Namespace(model=args.model, **remote))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for each shape, and every token makes a new one
-    return model.to(device, dtype).eval(), tokenizer, room
+    if getattr(model, "is_quantized", False):
+        model = model.to(device)  # its layers have precisions of their own
+    else:
+        model = model.to(device, dtype)
+    return model.eval(), tokenizer, room
+
+
+def load_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
+    """An adapter merged into its base where that is exact, or else beside it."""
+    if args.base_precision == "nf4":
+        model = read_adapter(args, base, dtype)
+    else:
+        model = read_adapter(args, base, torch.float32)  # in half precision, merging would round small adapters away
+    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+        compute_in(model, dtype)
+        return model.get_base_model()  # its layers hold the adapter's: what PeftModel.forward would call
+    if getattr(model.get_base_model(), "is_quantized", False):
+        return model.get_base_model()
+    model = merged(model)
+    if model is None:
+        print(f"warning: merging {args.model} would change its answers: it stays apart", file=sys.stderr)
+        model = read_adapter(args, base, torch.float32).get_base_model()
+    return model
+
+
+def trained_precision(model: str) -> str:
+    """The --base_precision that the trainer noted beside an adapter."""
+    path = Path(model, "settings.json")
+    if not path.is_file():
+        return "compute"
+    return json.loads(path.read_text(encoding="utf-8")).get("base_precision", "compute")
 
 
 def trained_on_chats(model: str) -> bool:
@@ -1492,6 +1525,8 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     if args.chat_template is None:
         args.chat_template = trained_on_chats(args.model)
+    if args.base_precision is None:
+        args.base_precision = trained_precision(args.model)
     rows = []
     for name in args.tasks:
         rows += read_task(name, args)

@@ -62,7 +62,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 from colm_data import Parser, UserError, prompt_ids, read_rows, start_tokens
-from eval_math import load, out_of_memory, trained_on_chats, wilson
+from eval_math import load, out_of_memory, trained_on_chats, trained_precision, wilson
 
 OFFICIAL_MAX_LENGTH = 2048  # MeZO's, whose prompts these are; 512 cuts 8.8 % of MultiRC's prompts (Phi-2's tokens)
 
@@ -978,6 +978,8 @@ def score(args) -> None:
     examples = read_tasks(args)
     path = Path(args.output_dir, "predictions.jsonl")
     state = PartialState()
+    if args.base_precision is None:
+        args.base_precision = trained_precision(args.model)
     model, tokenizer, *_ = load(args, state.device)
     choose_defaults(args, model, tokenizer)
     encode(examples, tokenizer, args)
@@ -1062,6 +1064,11 @@ def build_parser() -> Parser:
     add("--max_new_tokens", type=positive, default=50, help="of an answer to SQuAD and DROP")
     add("--max_tokens_per_batch", type=positive, default=16384, help="padding included")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU")
+    add(
+        "--base_precision",
+        choices=["compute", "nf4"],
+        help="nf4: base weights in 4 bits; default: as trained",
+    )
     return parser
 
 

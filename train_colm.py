@@ -160,6 +160,7 @@ def build_parser() -> Parser:
     add("--packing", action=flag, help="examples end to end in one row instead of padded; default: on a GPU in bf16")
     add("--gradient_checkpointing", action=flag, default=False)
     add("--compile", action=flag, default=False, help="compile the decoder layers")
+    add("--base_precision", choices=["compute", "nf4"], default="compute", help="nf4: frozen weights in 4 bits")
     # the run
     add("--save_every", type=int, default=100, help="steps between checkpoints, 0: none")
     add("--keep_checkpoints", type=int, default=2)
@@ -233,10 +234,15 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
-    for name in args.report_to:
-        package = {"png": "matplotlib"}.get(name, name)
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"--report_to {name} needs a package: pip install {package}")
+    if args.base_precision == "nf4" and not args.lora_r:
+        raise UserError("--base_precision nf4 keeps weights that are not trained, and --lora_r 0 trains all: drop one")
+    if args.base_precision == "nf4" and args.model is None:
+        raise UserError("--base_precision nf4 has no effect on the demo, whose weights are random: give a --model")
+    optional = {"nf4": "bitsandbytes", "png": "matplotlib", "tensorboard": "tensorboard", "wandb": "wandb"}
+    for flag, values in (("base_precision", [args.base_precision]), ("report_to", args.report_to)):
+        for value in values:
+            if value in optional and importlib.util.find_spec(optional[value]) is None:
+                raise UserError(f"--{flag} {value} needs a package: pip install {optional[value]}")
 
 
 # ------------------------------------------------------------------------------------------------------- random numbers
@@ -796,8 +802,6 @@ NOT_TEXT = r".*(vision|visual|image|audio|speech|video|multi_?modal|cross_?att|e
 
 def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | None = None):
     """The causal LM with fp32 adapters over a base in the compute precision, or all of it in fp32 (--lora_r 0)."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(args.seed)  # new weights of a head are random
     adapter = args.model if is_adapter(args.model) else None
     whole = None
@@ -816,12 +820,15 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     # of 2e-5 lie below bf16's rounding.
     half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
     dtype = torch.bfloat16 if half else torch.float32
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    except torch.OutOfMemoryError:
+        model = load_base(base, args, dtype, sharded)
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, quantisers without their package and remote code raise many kinds
-        if base != args.model:
+        if isinstance(error, ImportError):
+            remedy = "install it, or give another model"
+        elif base != args.model:
             remedy = f"{remedy}, or use another checkpoint" if whole else f"{remedy} of {args.model}"
         raise UserError(f"--model {base}: {one_line(error)}: {remedy}") from None
     if not args.lora_r and getattr(model, "is_quantized", False):
@@ -829,6 +836,57 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         say("the model's config asks for its router's auxiliary loss: it is not added to the loss of the examples")
     return add_lora(model, args, adapter)
+
+
+def load_base(base: str | Path, args, dtype: torch.dtype, sharded: bool = False):
+    """A causal LM that computes in `dtype`, its linear layers in 4 bits if --base_precision is nf4.
+
+    nf4 is QLoRA's format (Dettmers et al. 2023): NormalFloat4, a scale for each 64 weights, and the scales in 8 bits.
+    With `sharded`, the bits are stored as numbers of type `dtype`: FSDP2 shares out nothing but floating point.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    remote = {"trust_remote_code": args.trust_remote_code}
+    options = {}
+    if args.base_precision == "nf4":
+        before = getattr(AutoConfig.from_pretrained(base, **remote), "quantization_config", None)
+        if before:
+            method = before["quant_method"]
+            raise UserError(f"--base_precision nf4: {base} is quantised already, by {method}: drop the flag")
+        storage = dtype if sharded else torch.uint8
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=storage,
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **remote, **options)
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise UserError(f"{base} has 8-bit layers of bitsandbytes, which are not supported: give other weights of it")
+    if getattr(model, "is_loaded_in_4bit", False):
+        compute_in(model, dtype)
+    return model
+
+
+def compute_in(model, dtype: torch.dtype) -> None:
+    """Have a 4-bit model of bitsandbytes compute in `dtype`, whatever its checkpoint's settings and weights say."""
+    for p in model.parameters():
+        if type(p) is torch.nn.Parameter and p.is_floating_point():  # 4-bit weights are of another type
+            p.data = p.data.to(dtype)
+
+    def cast_input(module, args):
+        # Autocast leaves norms in float32 and knows nothing of these layers, whose output has the type of the input:
+        # attention would run in float32.
+        return (args[0].to(dtype), *args[1:])
+
+    for module in model.modules():
+        if hasattr(module, "compute_type_is_set"):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.weight.quant_state.dtype = dtype  # of the weights in the backward pass
+            module.register_forward_pre_hook(cast_input)
+            # On some CPUs the first evaluation would change to a bf16 kernel that has no backward pass.
+            module.support_avx512bf16_for_cpu = False
 
 
 def demo_model(args, tokenizer):

@@ -20,6 +20,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -99,9 +100,17 @@ def make_run(shape: str, args, train_file: str | None = None, tokenizer: str | N
     config_class, sizes = SHAPES[shape]
     config = config_class(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if cuda else torch.float32
     with accelerator.device:
-        dtype = torch.bfloat16 if cuda else torch.float32
-        model = train_colm.add_lora(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), args)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if args.base_precision != "compute":  # weights are quantised when they are read
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            sharded = accelerator.distributed_type == train_colm.DistributedType.FSDP
+            model = train_colm.load_base(folder, args, dtype, sharded)
+    with accelerator.device:
+        model = train_colm.add_lora(model, args)
     train, keep = synthetic_rows(sizes["vocab_size"], lognormal_lengths(4096)), SMALL
     if train_file:
         rows, places = colm_data.read_rows(train_file)
@@ -195,9 +204,10 @@ def model_flops(run: train_colm.Run, rows: list[int], backward: bool) -> float:
     """Matrix products of the model on these rows; the frozen base has no weight gradients, recomputation is no work."""
     head = run.inner.get_output_embeddings().weight
     sizes = {"base": 0, "lora": 0}
-    for name, p in run.inner.named_parameters():
-        if p.dim() == 2 and p is not head and "embed" not in name:
-            sizes["lora" if p.requires_grad else "base"] += p.numel()
+    for module in run.inner.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not head:
+            kind = "lora" if module.weight.requires_grad else "base"
+            sizes[kind] += module.in_features * module.out_features
     tokens = sum(map(run.train.length, rows))
     labels = int(run.train.supervised_tokens(torch.tensor(rows)).sum())
     forward = 2 * (sizes["base"] + sizes["lora"]) * tokens + 2 * head.numel() * labels
@@ -213,6 +223,8 @@ def measure(run: train_colm.Run, modes: list[str], repeats: int) -> dict[str, li
         for mode in modes:
             record = one_step(run, mode, pool, i)
             rows = record.pop("rows")
+            if run.accelerator.is_main_process:  # the first steps may compile for minutes: show that it moves
+                print(f"{mode}: {record['step_s']:.3f} s, {record['peak_gb']:.2f} GB", file=sys.stderr, flush=True)
             if mode.startswith("colm"):
                 record["forward_s"] = timed(partial(ideal_step, run, probed, None), run.device)
                 record["ideal_s"] = timed(partial(ideal_step, run, probed, rows), run.device)

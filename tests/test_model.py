@@ -404,10 +404,12 @@ def test_models_that_cannot_checkpoint_activations_are_refused(flags, refused, t
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def test_quantised_weights_without_their_package_are_refused(flags, refused, tmp_path):
+@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel"), ("hqq", "HQQ")])
+def test_quantised_weights_without_their_package_are_refused(flags, refused, tmp_path, method, package):
     folder = save(make_model("llama"), tmp_path / "model")
-    set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    refused(flags(model=folder), "--model", "bitsandbytes")
+    how = {"quant_method": method, "bits": 4, "group_size": 128, "zero_point": True}
+    set_config(folder, quantization_config=how)
+    refused(flags(model=folder), "--model", package, "install it")
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "foreign config"])

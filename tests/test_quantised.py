@@ -1,0 +1,277 @@
+"""A frozen base in 4 bits (--base_precision nf4, or a checkpoint that is quantised already), with bitsandbytes.
+
+What is computed is compared with a model of plain layers that hold the same weights, dequantised.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+
+import colm_data  # noqa: E402
+import eval_math  # noqa: E402
+import train_colm  # noqa: E402
+from colm_core import VProjectionProbe, example_losses  # noqa: E402
+from train_colm import read_records  # noqa: E402
+
+os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for subprocesses too
+TOKENS, HIDDEN, HEADS = 512, 64, 4
+FLAGS = "--pool_size 16 --coreset_size 8 --lora_r 4 --lora_alpha 8 --sparsify_dims 40 --max_steps 4 --warmup_ratio 0 "
+FLAGS += "--max_length 128 --learning_rate 1e-2 --probe grad --max_tokens_per_micro_batch 600"
+
+
+@pytest.fixture(autouse=True)
+def another_accelerator():
+    """Accelerate keeps its precision and backend for a whole process."""
+    yield
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a tiny model, a mixture, and the same model with 4-bit and 8-bit weights."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = colm_data.demo_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": HEADS}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.1, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    half = {"bnb_4bit_compute_dtype": torch.float16, "bnb_4bit_quant_type": "fp4"}
+    for name, how in (
+        ("4 bits", BitsAndBytesConfig(load_in_4bit=True, **half)),
+        ("8 bits", BitsAndBytesConfig(load_in_8bit=True)),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, quantization_config=how)
+        model.save_pretrained(folder / name)
+    for name in ("model", "4 bits", "8 bits"):
+        tokenizer.save_pretrained(folder / name)
+    for name, rows in (("train", colm_data.demo_rows("train")), ("eval", colm_data.demo_rows("eval")[::4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(inputs: Path, out: Path, text: str = "--base_precision nf4", model: str | Path = "model") -> list[str]:
+    files = ["--model", inputs / model, "--train_file", inputs / "train.jsonl", "--output_dir", out]
+    files += ["--eval_file", inputs / "eval.jsonl"]
+    return [*map(str, files), *FLAGS.split(), *text.split()]
+
+
+def train(arguments: list[str]) -> Path:
+    train_colm.main(arguments)
+    return Path(arguments[arguments.index("--output_dir") + 1])
+
+
+def with_lora(inputs: Path, dtype: torch.dtype, model: str = "model", text: str = "--base_precision nf4"):
+    """The model as the trainer loads it, with adapters whose B is not zero."""
+    args = train_colm.parse_args(flags(inputs, inputs / "unused", text, model))
+    model = train_colm.add_lora(train_colm.load_base(args.model, args, dtype), args)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def dequantised(model) -> torch.nn.Module:
+    """The same model of plain float64 layers, adapters merged."""
+    twin = AutoModelForCausalLM.from_config(model.config).double().eval()
+    modules = dict(model.get_base_model().named_modules())
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            if not isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+                continue
+            adapted = modules[name]
+            weight = getattr(adapted, "base_layer", adapted).weight
+            if weight.dtype == torch.uint8:
+                weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            weight = weight.double()
+            if hasattr(adapted, "lora_A"):
+                a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+                weight = weight + adapted.scaling["default"] * b.double() @ a.double()
+            module.weight.copy_(weight)
+    return twin
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 200, (4, 21), generator=generator)
+    return {"input_ids": ids, "labels": ids}
+
+
+def expected_gradients(model, twin) -> torch.Tensor:
+    """Gradients of every example's loss for the last V projection's lora_B, from the twin's dense weight, [4, D]."""
+    lora = model.get_base_model().model.layers[-1].self_attn.v_proj
+    into_b = lora.scaling["default"] * lora.lora_A["default"].weight.double().T  # W = W0 + scaling B A
+    weight, rows = twin.model.layers[-1].self_attn.v_proj.weight, []
+    for loss in example_losses(twin, batch())[0]:
+        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        rows.append((gradient @ into_b).flatten())
+    return torch.stack(rows)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((found.double() - expected).norm() / expected.norm()).detach())
+
+
+@pytest.mark.parametrize(("model", "text"), [("model", "--base_precision nf4"), ("4 bits", "")])
+def test_probe_and_training_gradient_are_those_of_the_quantised_weights(inputs, model, text):
+    model = with_lora(inputs, torch.float32, model, text)
+    assert type(model.get_base_model().model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    twin = dequantised(model)
+    expected = expected_gradients(model, twin)
+    probe = VProjectionProbe(model)
+    model.eval()  # the trainer evaluates and probes before it trains
+    assert relative_error(example_losses(model, batch())[0], example_losses(twin, batch())[0]) < 1e-5
+    found = probe.gradients(lambda: example_losses(model, batch()))
+    assert relative_error(found, expected) < 1e-4
+    z = torch.randn(3, *probe.shape, generator=torch.Generator().manual_seed(0))
+    derivatives = probe.spsa(lambda: example_losses(model, batch()), z)
+    assert relative_error(derivatives, expected @ z.double().flatten(1).T) < 1e-2  # no float64 in 4-bit kernels
+    assert not probe.found.cautions
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    example_losses(model, batch()).mean().backward()
+    lora = model.get_base_model().model.layers[-1].self_attn.v_proj
+    assert relative_error(lora.lora_B["default"].weight.grad.flatten(), expected.mean(0)) < 1e-4
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_in_bf16_spsa_runs_in_wider_precision_and_attention_in_bf16(inputs, sharded, monkeypatch):
+    args = train_colm.parse_args(flags(inputs, inputs / "unused"))
+    base = train_colm.load_base(args.model, args, torch.bfloat16, sharded)
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == (torch.bfloat16 if sharded else torch.uint8)
+    model = train_colm.add_lora(base, args).eval()
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, *rest, **options):
+        seen.append(query.dtype)
+        return original(query, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        example_losses(model, batch())
+    assert seen == [torch.bfloat16] * 3
+    seen.clear()
+    probe = VProjectionProbe(model)
+    assert probe.found.wide and not probe.found.cautions
+    z = torch.randn(1, *probe.shape, generator=torch.Generator().manual_seed(0))
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        derivatives = probe.spsa(lambda: example_losses(model, batch()), z)[:, 0]
+        exact = probe.gradients(lambda: example_losses(model, batch())).float()
+    assert seen[:4] == [torch.bfloat16] * 2 + [torch.float32] * 2  # the last layer, once for either sign
+    assert relative_error(derivatives, (exact @ z.flatten()).double()) < 0.1
+
+
+def test_a_run_resumes_bit_for_bit_and_its_adapter_is_evaluated_on_4_bits(inputs, tmp_path, capsys):
+    text = "--base_precision nf4 --gradient_checkpointing --packing --lora_dropout 0.1 --lr_scheduler constant"
+    whole = train(flags(inputs, tmp_path / "whole", text))
+    parts = train(flags(inputs, tmp_path / "parts", text + " --max_steps 2"))
+    train(flags(inputs, parts, text + " --resume auto"))
+    assert (parts / "selection.jsonl").read_text() == (whole / "selection.jsonl").read_text()
+    assert read_records(parts / "eval.jsonl")[-1] == read_records(whole / "eval.jsonl")[-1]
+    adapters = [folder / "final/adapter_model.safetensors" for folder in (parts, whole)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    losses = [record["eval_loss"] for record in read_records(whole / "eval.jsonl")]
+    assert losses[-1] < losses[0]
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train_colm.cli(flags(inputs, parts, text + " --base_precision compute --resume auto"))
+    assert "--base_precision is compute" in capsys.readouterr().err
+
+    final = str(whole / "final")
+    files = ["--tasks", str(tmp_path / "task.jsonl"), "--output_dir", str(tmp_path / "scores")]
+    (tmp_path / "task.jsonl").write_text('{"question": "add 2 3", "answer": "5"}\n')
+    eval_math.main(["--model", final, *files, "--max_new_tokens", "8"])
+    assert json.loads((tmp_path / "scores/settings.json").read_text())["base_precision"] == "nf4"
+    args = eval_math.parse_args(["--model", final, *files])
+    logits = {}
+    for precision in ("nf4", "compute"):
+        args.base_precision = precision
+        model, _, _ = eval_math.load(args, torch.device("cpu"))
+        logits[precision] = model(input_ids=batch()["input_ids"]).logits
+        layer = model.model.layers[0].self_attn.q_proj
+        assert hasattr(layer, "lora_A") == (precision == "nf4")  # merged only where that is exact
+    trained = train_colm.parse_args(flags(inputs, tmp_path / "unused", "--base_precision nf4", final))
+    base = train_colm.load_base(str(inputs / "model"), trained, torch.float32)
+    model = train_colm.add_lora(base, trained, final).eval()
+    expected = model(input_ids=batch()["input_ids"]).logits
+    assert torch.equal(logits["nf4"], expected)
+    assert not torch.allclose(logits["compute"], expected, rtol=1e-2)
+
+
+def torchrun(script: Path, *arguments: str, **environment: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("script", "precision"), [("train_colm.py", "no"), ("tests/fsdp_cpu.py", "no"), ("tests/fsdp_cpu.py", "bf16")]
+)
+def test_two_ranks_train_as_one_process(inputs, tmp_path, monkeypatch, script, precision):
+    """DDP, and FSDP2 that shares out the packed bits as float32 or bf16 numbers."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    text = "--base_precision nf4 --lora_dropout 0"
+    one = train(flags(inputs, tmp_path / "one", text))
+    torchrun(REPO / script, *flags(inputs, tmp_path / "two", text))
+    two = tmp_path / "two"
+    tolerance = 2e-5 if precision == "no" else 2e-2
+    for name, key in (("metrics", "loss"), ("eval", "eval_loss")):
+        values = [[record[key] for record in read_records(folder / f"{name}.jsonl")] for folder in (one, two)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance)
+    if precision == "no":
+        chosen = [read_records(folder / "selection.jsonl") for folder in (one, two)]
+        for a, b in zip(*chosen, strict=True):
+            assert sorted(a["selected"]) == sorted(b["selected"])
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "says"),
+    [
+        ("4 bits", "--base_precision nf4", ["is quantised already, by bitsandbytes", "drop the flag"]),
+        ("8 bits", "", ["8-bit layers of bitsandbytes", "give other weights"]),
+        ("4 bits", "--lora_r 0", ["--lora_r 0 would train", "give 1 or more"]),
+        ("model", "--base_precision nf4 --lora_r 0", ["--base_precision nf4", "drop one"]),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused(inputs, tmp_path, capsys, model, text, says):
+    with pytest.raises(SystemExit) as refused:
+        train_colm.cli(flags(inputs, tmp_path / "out", text, model))
+    assert refused.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    for words in says:
+        assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_bitsandbytes_the_package_is_named(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_colm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as refused:
+        train_colm.cli(flags(inputs, tmp_path / "out"))
+    assert refused.value.code == 2
+    assert "pip install bitsandbytes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_colm.cli(["--base_precision", "nf4"])
+    assert "no effect on the demo" in capsys.readouterr().err
