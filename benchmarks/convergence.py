@@ -205,8 +205,9 @@ def make_spec(own, flags: list[str], cell: Cell, rate: float, seed: int, clean: 
     """Everything that decides a run's result."""
     base, removal, more = parse_setting(cell.setting)
     model = ["--model", own.model] if own.model else []
-    argv = [*flags, *more.split(), *f"--learning_rate {rate} --seed {seed} --max_steps {own.steps}".split(), *model]
-    argv += ["--save_every", "0", "--output_dir", str(clean.parent / f"{cell.name} {rate} {seed}".replace(" ", "-"))]
+    argv = [*flags, *more.split(), *model]  # a setting's flags override those of the command line
+    argv += ["--learning_rate", str(rate), "--seed", str(seed), "--max_steps", str(own.steps), "--save_every", "0"]
+    argv += ["--output_dir", str(clean.parent / f"{cell.name} {rate} {seed}".replace(" ", "-"))]
     args = train_colm.parse_args(argv)  # a bad flag is told now
     spec = {"cell": cell.name, "regime": cell.regime, "setting": cell.setting, "budget": cell.budget}
     spec |= {"rate": rate, "seed": seed, "base": base, "price": None, "amount": own.steps}
@@ -251,6 +252,7 @@ def measure(run, spec: dict) -> dict:
     args, data, choose = run.args, load_data(spec["data"]), train_colm.choose_coreset
     if spec["base"] in SELECTIONS:
         choose = SELECTIONS[spec["base"]][0]
+    # The scheduler counts steps, and nobody knows how many a budget in tokens has: it is asked for the share spent.
     factor_at = run.scheduler.lr_lambdas[0]  # of the learning rate, by the steps done of --max_steps
     step, spent, tokens, probe_tokens, start = 0, 0.0, 0, 0, time.time()
     evals = []
@@ -269,11 +271,12 @@ def measure(run, spec: dict) -> dict:
         tokens, probe_tokens = tokens + trained, probe_tokens + choice.probe_tokens
         before = spent
         spent += 1 if spec["price"] is None else trained + spec["price"] * choice.probe_tokens
+        # Rows of small sources are kept whatever a selection thinks of them: they would only dilute its shares.
         open_to_choice = ~experiments.is_small(run, rows)
         for mark, shares in taken.items():
             marked = data["marks"][mark][rows][open_to_choice].float()
             shares.append(marked.mean().item() if len(marked) else None)
-        part = spec["amount"] / EVALUATIONS
+        part = spec["amount"] / EVALUATIONS  # steps cost different amounts: evaluate at the first one beyond each part
         if spent // part > before // part or spent >= spec["amount"]:
             evals.append({"spent": round(spent, 1), "step": step} | held_out_losses(run, data))
     result = {"steps": step, "tokens": tokens, "probe_tokens": probe_tokens, "diverged": diverged, "eval": evals}
@@ -283,9 +286,12 @@ def measure(run, spec: dict) -> dict:
 
 def eighths(shares: list[float | None]) -> list[float | None]:
     """Means over eight parts of a run."""
-    parts = [shares[len(shares) * i // 8 : len(shares) * (i + 1) // 8] for i in range(8)]
-    parts = [[share for share in part if share is not None] for part in parts]
-    return [round(statistics.fmean(part), 4) if part else None for part in parts]
+    means = []
+    for i in range(8):
+        begin, end = len(shares) * i // 8, len(shares) * (i + 1) // 8
+        part = [share for share in shares[begin:end] if share is not None]
+        means.append(round(statistics.fmean(part), 4) if part else None)
+    return means
 
 
 def accuracy(run, flags: str) -> dict:
@@ -312,6 +318,7 @@ def attempt(spec: dict) -> dict:
     except Exception as error:
         traceback.print_exc()
         return {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    # Six digits are more than seeds agree in, and half the size of the file.
     return json.loads(json.dumps(record), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
@@ -320,7 +327,9 @@ def attempt(spec: dict) -> dict:
 
 def visible_devices() -> list[str]:
     """A CUDA_VISIBLE_DEVICES for each visible GPU; as it is where there is none."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return [str(i) for i in range(torch.cuda.device_count())] or [""]
+    listed = os.environ["CUDA_VISIBLE_DEVICES"]
     return [name.strip() for name in listed.split(",") if name.strip()] or [listed]
 
 
@@ -344,7 +353,7 @@ def outcomes(specs: list[dict], jobs: int):
         return
     context, names = multiprocessing.get_context("spawn"), visible_devices()
     devices = context.Queue()
-    for i in range(jobs):
+    for i in range(jobs):  # each process takes one name when it starts
         devices.put(names[i % len(names)])
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, context, start_process, (devices, threads))
@@ -359,7 +368,9 @@ def outcomes(specs: list[dict], jobs: int):
 
 def final(run: dict, part: str) -> list[float]:
     """The three losses at the end of a run."""
-    return [float("inf")] * 3 if run["diverged"] else run["eval"][-1][part]
+    if run["diverged"]:
+        return [float("inf")] * 3
+    return run["eval"][-1][part]
 
 
 def best_rate(runs: list[dict], cell: str) -> float | None:
