@@ -1,9 +1,11 @@
 """What benchmarks/convergence.py varies beside the trainer's own flags: the training data, and how a coreset is chosen.
 
 * REGIMES spoil tokenised training rows in a known way, so that it is known which rows a good choice would leave out.
-* without_near_copies removes copies before training, which costs no probe: the first rival of every coreset.
+* REMOVALS drop copies before training, which costs no probe: the first rival of every coreset.
 * SELECTIONS are choices that the trainer does not have. Each is a function (run, pool, step, clock) -> Choice called in
   place of train_colm.choose_coreset; `run.memory` is a dict for what it keeps between steps.
+
+Choices that were measured and did no better are in commit 956a51d, with their figures in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_colm  # noqa: E402
-from colm_batches import micro_batch_losses  # noqa: E402
-from colm_core import select_coreset  # noqa: E402
 from colm_data import Example, TokenizedRows  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- regimes
@@ -138,21 +138,32 @@ def swap_answers(rows: list[Example], sources: Tensor, rng: random.Random, max_l
 HASHES, BAND = 128, 4  # MinHash values of a row; as many as a band has must agree before two rows are compared
 
 
+def without_copies(data: TokenizedRows) -> list[int]:
+    """Rows to train on: each row is dropped whose tokens are those of a row before it."""
+    seen, kept = set(), []
+    for i in range(len(data)):
+        tokens = data.example(i).ids.numpy().tobytes()
+        if tokens not in seen:
+            seen.add(tokens)
+            kept.append(i)
+    return kept
+
+
 def shingles(data: TokenizedRows, n: int) -> tuple[numpy.ndarray, list[int]]:
     """Hashes of the n-grams of tokens of every row, without the prompt's template, and where each row begins."""
     rows = [data.example(i) for i in range(len(data))]
     head, tail = template(rows)
-    parts = []
+    parts, starts, begin = [], [], 0
     for example in rows:
         ids, prompt = example.ids, prompt_tokens(example)
-        parts += [ids[min(head, prompt - tail) : prompt - tail], ids[prompt:], ids.new_zeros(n - 1)]
-    starts, begin = [], 0
-    for question, answer, gap in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        question, answer = ids[min(head, prompt - tail) : prompt - tail], ids[prompt:]
+        gap = ids.new_zeros(n - 1)  # it keeps rows apart
+        parts += [question, answer, gap]
         starts.append(begin)
         begin += len(question) + len(answer) + len(gap)
     ids = torch.cat(parts).numpy().astype(numpy.uint64)
     grams = ids
-    for shift in range(1, n):  # a polynomial hash modulo 2^64; the gap keeps rows apart
+    for shift in range(1, n):  # a polynomial hash modulo 2^64
         grams = grams * numpy.uint64(1_000_003) + numpy.roll(ids, -shift)
     return grams, starts
 
@@ -192,72 +203,14 @@ def without_near_copies(data: TokenizedRows, threshold: float = 0.5, n: int = 2)
     return kept
 
 
+REMOVALS = {"exact": without_copies, "dedup": without_near_copies}
+
 # ---------------------------------------------------------------------------------------------------------- selections
-
-
-def chosen(run, pool: Tensor, index: Tensor, probed: Tensor | None = None) -> train_colm.Choice:
-    """The choice of pool positions `index` [K], weighted by --example_weights; the rows `probed` had a pass."""
-    tokens = 0 if probed is None else sum(map(run.train.length, probed.tolist()))
-    return replace(train_colm.uniform_choice(run, pool, index.cpu(), is_small(run, pool)), probe_tokens=tokens)
 
 
 def is_small(run, rows: Tensor) -> Tensor:
     """Which rows are of small sources, [n] bool."""
     return torch.isin(run.train.sources[rows], torch.tensor(sorted(run.keep), dtype=torch.long))
-
-
-def shuffled(run, n: int, step: int) -> Tensor:
-    return torch.randperm(n, generator=train_colm.generator_of(run.args.seed, "shuffled", step))
-
-
-def first_of(order: Tensor, *wanted: Tensor) -> Tensor:
-    """`order`, with positions where the first of the masks `wanted` holds before all others, and so on."""
-    for mask in reversed(wanted):
-        order = order[mask[order].sort(descending=True, stable=True).indices]
-    return order
-
-
-@torch.no_grad()
-def mean_losses(run, rows: Tensor) -> Tensor:
-    """Mean token loss of each row, [n], by a plain forward pass."""
-    losses = torch.zeros(len(rows))
-    run.set_training(False)
-    for positions, batch, _ in run.micro_batches(run.train, rows, train_colm.probe_budget(run.args)):
-        with run.accelerator.autocast():
-            values = micro_batch_losses(run.inner, run.labelled_logits, batch)[0]
-        losses[positions] = values[: len(positions)].float().cpu()
-    return losses
-
-
-def largest_losses(run, pool, step, clock):
-    """The rows with the largest mean loss."""
-    order = mean_losses(run, pool).argsort(descending=True, stable=True)
-    return chosen(run, pool, order[: run.args.coreset_size], pool)
-
-
-def unlearnt(run, pool, step, clock, share=1 / 3):
-    """Small sources whole and a random draw, from which the third of the other rows with the smallest loss is left out:
-    what is left of medoids if they only pass over rows that teach nothing."""
-    small = is_small(run, pool)
-    others = (~small).nonzero()[:, 0]
-    lowest = others[mean_losses(run, pool[others]).argsort()[: round(share * len(others))]]
-    teaches = torch.ones(len(pool), dtype=torch.bool)
-    teaches[lowest] = False
-    order = first_of(shuffled(run, len(pool), step), small, teaches)
-    return chosen(run, pool, order[: run.args.coreset_size], pool[others])
-
-
-def alternate(run, pool, step, clock):
-    """The trainer's medoids at every other step, small sources whole and a random draw at the others."""
-    if step % 2 == 0:
-        return train_colm.choose_coreset(run, pool, step, clock)
-    order = first_of(shuffled(run, len(pool), step), is_small(run, pool))
-    return chosen(run, pool, order[: run.args.coreset_size])
-
-
-def last_v_gradients(run, rows: Tensor, step: int) -> Tensor:
-    """Exact gradients of the last V projection, [n, D]."""
-    return train_colm.probe_pool(run, rows, torch.ones(len(rows), dtype=torch.bool), step).values
 
 
 def tf_idf(run, rows: Tensor) -> Tensor:
@@ -271,69 +224,78 @@ def tf_idf(run, rows: Tensor) -> Tensor:
     for bag, row in zip(bags, rows.tolist(), strict=True):
         ids = data.example(row).ids.long()
         bag.index_add_(0, ids, torch.ones(len(ids)))
-    return torch.nn.functional.normalize((bags * memory["idf"]).to(run.device), dim=1)
+    bags = torch.nn.functional.normalize((bags * memory["idf"]).to(run.device), dim=1)
+    if run.device.type == "cuda":
+        bags = bags.bfloat16()  # half the memory of the rows taken; cosines err by less than 0.01
+    return bags
 
 
-def medoids_of(features):
-    """The trainer's selection on other features: small sources whole, medoids of the others."""
+def likeness_to_taken(run, pool: Tensor, bags: Tensor) -> Tensor:
+    """Largest cosine of each row's bag with that of another row taken before, [N]."""
+    if "taken" not in run.memory:
+        return torch.zeros(len(pool))
+    cosines = bags @ run.memory["taken"].T  # [N, taken]
+    itself = pool[:, None] == run.memory["rows"]  # in a later epoch a row is no copy of itself
+    return cosines.masked_fill(itself.to(run.device), 0).amax(1).float().cpu()  # [N]
 
-    def choose(run, pool, step, clock):
-        small = is_small(run, pool)
-        others = pool[~small]
-        x = features(run, others, step)
-        whole = x.new_zeros(len(pool), x.shape[1])
-        whole[(~small).to(x.device)] = x
-        args = run.args
-        coreset = select_coreset(
-            whole, run.train.sources[pool], args.coreset_size, run.keep, x.shape[1], args.similarity
-        )
-        return chosen(run, pool, coreset.index, None if features is bags_of else others)
+
+def remember(run, rows: Tensor, bags: Tensor, recent: int) -> None:
+    """Keep the last `recent` rows taken and their bags."""
+    memory = run.memory
+    memory["taken"] = torch.cat([memory.get("taken", bags[:0]), bags])[-recent:]
+    memory["rows"] = torch.cat([memory.get("rows", rows[:0]), rows])[-recent:]
+
+
+def fresh(alike: float = 0.8, copy: float = 2.0, recent: int = 4096):
+    """A selection without a probe that passes over rows like those taken lately, and leaves the mixture as it is.
+
+    As many rows of each source are taken as random_keep draws of the first 2 K of the pool. Within a source a random
+    order decides, but rows come last whose bag of tokens has a cosine of `alike` or more with one of the last `recent`
+    rows taken or with a row taken in this step. From a cosine of `copy` on (above 1: never) a row is not taken at all,
+    and the coreset is smaller.
+    """
+
+    def choose(run, pool: Tensor, step: int, clock) -> train_colm.Choice:
+        k, small = run.args.coreset_size, is_small(run, pool)
+        sources = run.train.sources[pool]  # [N]
+        generator = train_colm.generator_of(run.args.seed, "fresh", step)
+
+        # 1. How many rows of each source: as random_keep draws them, so that passing over rows moves no mixture.
+        candidates = torch.ones_like(small)[: 2 * k]
+        drawn = train_colm.draw_uniformly(candidates, small[: 2 * k], k, generator)  # [K]
+        room = torch.bincount(sources[drawn], minlength=len(run.train.names)).tolist()
+
+        # 2. Rows in a random order, those that resemble one taken before put off.
+        bags = tf_idf(run, pool)  # [N, vocabulary]
+        to_taken = likeness_to_taken(run, pool, bags).tolist()
+        to_pool = (bags @ bags.T).float().cpu()  # [N, N]
+        sources = sources.tolist()
+        taken, late = [], []
+        for i in torch.randperm(len(pool), generator=generator).tolist():
+            likeness = to_taken[i]
+            if taken:
+                likeness = max(likeness, float(to_pool[i, taken].max()))
+            if alike <= likeness < copy:
+                late.append(i)
+            elif likeness < alike and room[sources[i]]:
+                taken.append(i)
+                room[sources[i]] -= 1
+
+        # 3. They fill what room is left of their source.
+        for i in late:
+            if room[sources[i]]:
+                taken.append(i)
+                room[sources[i]] -= 1
+        index = torch.tensor(taken or [0])  # a step needs a row
+        remember(run, pool[index], bags[index.to(run.device)], recent)
+        return train_colm.uniform_choice(run, pool, index, small)
 
     return choose
 
 
-def bags_of(run, rows, step):
-    return tf_idf(run, rows)
-
-
-RECENT = 4096  # rows: the last 64 coresets
-
-
-def likeness(run, rows: Tensor) -> Tensor:
-    """Largest cosine of each row's bag of tokens with one of the last RECENT rows taken, [n]; and remember the bags."""
-    run.memory["bags"] = bags = tf_idf(run, rows).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-    taken = run.memory.get("taken")
-    return torch.zeros(len(rows)) if taken is None else (bags @ taken.T).amax(1).float().cpu()
-
-
-def remember(run, choice):
-    bags, taken = run.memory.pop("bags")[choice.index.to(run.device)], run.memory.get("taken")
-    run.memory["taken"] = bags if taken is None else torch.cat([taken, bags])[-RECENT:]
-    return choice
-
-
-def least_like(run, pool, step, clock):
-    """The rows least like those taken lately; no pass of the model."""
-    order = likeness(run, pool).argsort(stable=True)
-    return remember(run, chosen(run, pool, order[: run.args.coreset_size]))
-
-
-def fresh(run, pool, step, clock, threshold=0.8):
-    """Small sources whole and a random draw, but rows that resemble one taken lately come last; no probe."""
-    is_fresh = likeness(run, pool) < threshold
-    order = first_of(shuffled(run, len(pool), step), is_fresh, is_small(run, pool))
-    return remember(run, chosen(run, pool, order[: run.args.coreset_size]))
-
-
-GRAD = "--selection colm --probe grad"
 KEEP = "--selection random_keep"
 SELECTIONS = {  # name: (function, flags of train_colm.py that it goes by)
-    "losses": (largest_losses, KEEP),
-    "unlearnt": (unlearnt, KEEP),
-    "alternate": (alternate, GRAD),
-    "plain-l1": (medoids_of(last_v_gradients), GRAD),
-    "plain-cosine": (medoids_of(last_v_gradients), GRAD + " --similarity cosine"),
-    "tfidf-medoids": (medoids_of(bags_of), GRAD + " --similarity cosine"),
-    "least_like": (least_like, KEEP),
-    "fresh": (fresh, KEEP),
+    "fresh_source": (fresh(), KEEP),
+    "fresh_wide": (fresh(), KEEP + " --pool_size 256"),
+    "fresh_skip98": (fresh(copy=0.98, recent=1_000_000), KEEP),
 }

@@ -2,7 +2,7 @@
 
     python benchmarks/plot_convergence.py regime_map.json --budget cost --settings full-64-sqrt colm-grad-sqrt
 
-writes regime_map-cost.png, a panel for each regime and loss, and regime_map-cost-taken.png, a panel for each mark,
+writes regime_map-cost.png, a row of panels for each regime, and regime_map-cost-taken.png, a panel for each mark,
 beside the JSON. Lines are means over the seeds of the best rate, bars one standard deviation to either side.
 """
 
@@ -31,18 +31,18 @@ def draw_losses(plt, groups: list[list[dict]], budget: str, path: Path) -> None:
     regimes = list(dict.fromkeys(group[0]["regime"] for group in groups))
     settings = list(dict.fromkeys(group[0]["setting"] for group in groups))
     label, scale = AXES[budget]
-    size = (3.3 * len(regimes) + 0.5, 2.7 * len(MEASURES) + 0.6)
-    figure, axes = plt.subplots(len(MEASURES), len(regimes), figsize=size, squeeze=False, layout="constrained")
+    size = (3.3 * len(MEASURES) + 0.5, 2.5 * len(regimes) + 0.6)
+    figure, axes = plt.subplots(len(regimes), len(MEASURES), figsize=size, squeeze=False, layout="constrained")
     for group in groups:
-        setting, column = group[0]["setting"], regimes.index(group[0]["regime"])
+        setting, row = group[0]["setting"], regimes.index(group[0]["regime"])
         evals = list(zip(*(run["eval"] for run in group), strict=False))  # [evaluations][seeds]
         xs = [statistics.fmean(record["spent"] for record in seeds) / scale for seeds in evals]
-        for row, measure in enumerate(MEASURES):
-            ys, deviations = summary([[record["report"][row] for record in seeds] for seeds in evals])
+        for column, measure in enumerate(MEASURES):
+            ys, deviations = summary([[record["report"][column] for record in seeds] for seeds in evals])
             number = settings.index(setting)
             look = {"color": f"C{number % 10}", "marker": "os^Dv"[number % 5], "ms": 3.5, "lw": 1.2, "capsize": 2}
             axes[row][column].errorbar(xs, ys, deviations, label=setting, **look)
-            axes[row][column].set(title=f"{regimes[column]}: {measure}", xlabel=label if row == 2 else "")
+            axes[row][column].set(title=f"{regimes[row]}: {measure}", xlabel=label if row + 1 == len(regimes) else "")
             axes[row][column].title.set_size(9)
             axes[row][column].xaxis.label.set_size(8)
             axes[row][column].grid(alpha=0.3)
@@ -68,7 +68,8 @@ def draw_taken(plt, groups: list[list[dict]], path: Path) -> None:
         axis.set(title=f"{regime}: share of {mark} among rows not kept", xlabel="eighth of the run")
         axis.title.set_size(9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     save(plt, figure, path)
 
 

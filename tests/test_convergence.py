@@ -1,7 +1,6 @@
 """benchmarks/convergence.py: the split, the regimes, the selections to try out, and whole commands at tiny size."""
 
-import contextlib
-import io
+import argparse
 import json
 import os
 import statistics
@@ -21,7 +20,7 @@ import plot_convergence  # noqa: E402
 from convergence import Cell  # noqa: E402
 
 import train_colm  # noqa: E402
-from colm_data import UserError  # noqa: E402
+from colm_data import UserError, load_tokenizer  # noqa: E402
 
 FLAGS = "--pool_size 16 --coreset_size 12 --lora_r 4 --lora_alpha 8 --max_tokens_per_micro_batch 400 --held_out 40"
 
@@ -36,11 +35,13 @@ def work(tmp_path_factory):
 def build(work):
     """build(setting, regime, budget, steps): the spec of a run at tiny size."""
 
-    def build(setting, regime="clean", budget="steps", steps=3, seed=1, extra=()):
-        command = [*FLAGS.split(), "--steps", str(steps), "--eval_start", *extra]
+    def build(setting, regime="clean", budget="steps", steps=3, extra=()):
+        command = [*FLAGS.split(), "--steps", str(steps), "--budget", budget, *extra]
+        command += ["--settings", setting, "--regimes", regime]
         own, flags = convergence.build_parser().parse_known_args(command)
         clean = convergence.tokenised(own, train_colm.parse_args(flags), work)
-        return convergence.make_spec(own, flags, Cell(regime, setting, budget, 1), 1e-2, seed, clean)
+        (cell,) = convergence.cells_of(own)
+        return convergence.make_spec(own, flags, cell, 1e-2, 1, clean)
 
     return build
 
@@ -56,12 +57,12 @@ def test_no_question_is_in_two_parts():
     rows = [{"instruction": f"What is {i} + {i}?{suffix}"} for i in range(50) for suffix in suffixes]
     rows += [{"prompt": "What is 1+1?"}, {"instruction": "Let's program."}, {"instruction": "Options: a or b?"}]
     rows += [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
-    parts = convergence.split(rows, 10, 3)
+    parts = convergence.split(rows, 10)
     assert sorted(i for part in parts.values() for i in part) == list(range(len(rows)))
     asked = {name: {convergence.question(rows[i]) for i in part} for name, part in parts.items()}
     assert {name: len(questions) for name, questions in asked.items()} == {"train": 43, "tune": 5, "report": 5}
     assert len(set.union(*asked.values())) == 50 + 3 and "" not in set.union(*asked.values())
-    assert convergence.split(rows, 10, 3) == parts != convergence.split(rows, 10, 4)
+    assert convergence.split(rows, 10) == parts
 
 
 # ------------------------------------------------------------------------------------------------------------- regimes
@@ -147,6 +148,14 @@ def test_near_copies_are_removed(clean_rows, monkeypatch):
     assert len(exact) == len({frozenset(s) for s in sets})
 
 
+def test_copies_are_removed(clean_rows, monkeypatch):
+    monkeypatch.setattr(experiments, "ORIGINALS", 20)
+    data, _ = experiments.spoil(clean_rows, "copies", 0, 512)
+    stays = experiments.without_copies(data)
+    whole = texts(data)
+    assert [whole[i] for i in stays] == list(dict.fromkeys(whole)) and len(stays) < len(data) / 2
+
+
 # ---------------------------------------------------------------------------------------------------------- selections
 
 
@@ -159,70 +168,71 @@ def trained_run(build):
     return run
 
 
+def choose(run, name, pools):
+    """What a selection takes of pools, one after another."""
+    run.memory = {}
+    function, _ = experiments.SELECTIONS[name]
+    return [function(run, pool, step, train_colm.Clock(run.device)) for step, pool in enumerate(pools)]
+
+
 @pytest.mark.parametrize("name", experiments.SELECTIONS)
 def test_selections(trained_run, name):
-    """A full coreset without repeats, weights of the chosen rows, probes where there were passes, the same again."""
-    run, (choose, _) = trained_run, experiments.SELECTIONS[name]
-    pool = train_colm.draw_pool(len(run.train), 16, 0, 5)
-    choices = []
-    for _ in range(2):
-        run.memory = {}
-        choices.append(choose(run, pool, 6, train_colm.Clock(run.device)))
-    choice = choices[0]
-    assert choice.index.tolist() == choices[1].index.tolist()
-    assert len(choice.index) == len(set(choice.index.tolist())) == 12
-    expected = torch.zeros(16)
-    expected[choice.index] = run.train.supervised_tokens(pool[choice.index]).sqrt()
-    assert torch.equal(choice.weight, expected)
+    """The coresets are drawn from the pool without repeats and probe nothing; the same again; weights of the rows."""
+    run = trained_run
+    pools = [train_colm.draw_pool(len(run.train), 48, 0, step) for step in range(4)]
+    first, again = choose(run, name, pools), choose(run, name, pools)
+    for pool, choice, other in zip(pools, first, again, strict=True):
+        assert choice.index.tolist() == other.index.tolist() and choice.probe_tokens == 0
+        assert 0 < len(choice.index) == len(set(choice.index.tolist())) <= 12
+        expected = torch.zeros(48)
+        expected[choice.index] = run.train.supervised_tokens(pool[choice.index]).sqrt()
+        assert torch.equal(choice.weight, expected)
+
+
+def test_the_mixture_is_that_of_random_keep(trained_run):
+    """As many rows of each source as random_keep takes of the first 2 K rows: all of a small source's, for one."""
+    run = trained_run
+    pool = train_colm.draw_pool(len(run.train), 24, 0, 3)
+    (choice,) = choose(run, "fresh_source", [pool])
     small = experiments.is_small(run, pool)
-    assert 0 < small.sum() < 12 and torch.equal(choice.kept, small)
-    if name not in ("losses", "least_like", "fresh"):
-        assert set(small.nonzero()[:, 0].tolist()) <= set(choice.index.tolist())
-    probed = {"losses": pool, "least_like": pool[:0], "fresh": pool[:0], "tfidf-medoids": pool[:0]}
-    rows = probed.get(name, pool[~small])
-    assert choice.probe_tokens == sum(run.train.length(row) for row in rows.tolist())
+    assert len(choice.index) == 12 and 0 < small.sum() < 12
+    sources = run.train.sources[pool]
+    for q in sources[small].unique():
+        assert (sources[choice.index] == q).sum() == (sources == q).sum()
 
 
-def test_losses_and_gradients_are_those_of_the_rows(trained_run):
-    run, rows = trained_run, torch.tensor([3, 50, 7, 400, 12])
-    alone = [experiments.mean_losses(run, rows[i : i + 1]) for i in range(5)]
-    torch.testing.assert_close(experiments.mean_losses(run, rows), torch.cat(alone), rtol=1e-4, atol=1e-5)
-    alone = [experiments.last_v_gradients(run, rows[i : i + 1], 0) for i in range(5)]
-    torch.testing.assert_close(experiments.last_v_gradients(run, rows, 0), torch.cat(alone), rtol=1e-3, atol=1e-6)
-
-
-def test_what_losses_and_unlearnt_take(trained_run):
-    run, pool = trained_run, train_colm.draw_pool(len(trained_run.train), 16, 0, 5)
-    losses = experiments.mean_losses(run, pool)
-    taken = experiments.largest_losses(run, pool, 0, None).index
-    assert losses[taken].min() >= losses[[i for i in range(16) if i not in taken.tolist()]].max()
-    others = (~experiments.is_small(run, pool)).nonzero()[:, 0]
-    lowest = others[losses[others].argsort()[: round(len(others) / 3)]]
-    left_out = 16 - 12
-    taken = set(experiments.unlearnt(run, pool, 0, None).index.tolist())
-    assert len(taken & set(lowest.tolist())) == max(0, len(lowest) - left_out)
-
-
-def test_alternate(trained_run):
-    run, pool = trained_run, train_colm.draw_pool(len(trained_run.train), 16, 0, 5)
-    even, odd = (experiments.alternate(run, pool, step, train_colm.Clock(run.device)) for step in (4, 5))
-    medoids = train_colm.choose_coreset(run, pool, 4, train_colm.Clock(run.device))
-    assert even.index.tolist() == medoids.index.tolist() and even.probe_tokens == medoids.probe_tokens > 0
-    assert odd.probe_tokens == 0
-
-
-def test_recent_rows_are_avoided(trained_run):
-    """Rows taken a step ago come last, and what is not like them comes first."""
-    run, order = trained_run, torch.randperm(len(trained_run.train), generator=torch.Generator().manual_seed(0))
-    for choose in (experiments.least_like, experiments.fresh):
-        run.memory = {}
-        choose(run, order[:12], 0, None)
-        likeness = experiments.likeness(run, order[4:20])
-        assert likeness[:8].min() > 0.999 and likeness[8:].min() < 0.9
-        choice = choose(run, order[4:20], 1, None)
-        assert len(run.memory["taken"]) == 24 and "bags" not in run.memory
-        fresh = set((likeness < 0.8).nonzero()[:, 0].tolist())
-        assert fresh and fresh <= set(choice.index.tolist())
+@pytest.mark.parametrize("name", ["fresh_source", "fresh_skip98"])
+def test_copies_of_rows_taken_come_last_or_not_at_all(trained_run, name):
+    """The second pool offers copies of what was taken and new rows of one and the same source."""
+    run = trained_run
+    big = next(q for q in range(len(run.train.names)) if q not in run.keep)
+    rows = (run.train.sources == big).nonzero()[:, 0]
+    examples = {}
+    for row in rows.tolist():  # rows of different texts, of which none is like another
+        examples.setdefault(run.train.example(row).ids.numpy().tobytes(), row)
+    different = torch.tensor(list(examples.values()))
+    bags = experiments.tf_idf(run, different).float()
+    new = [0]
+    for i in range(len(different)):
+        if float((bags[new] @ bags[i]).max()) < 0.8:
+            new.append(i)
+    new = different[new]
+    assert len(new) >= 20
+    function, _ = experiments.SELECTIONS[name]
+    pool = torch.cat([new[:12], new[12:20]])
+    (first,) = choose(run, name, [new[:12]])
+    assert len(first.index) == 12 and run.memory["rows"].tolist() == new[:12][first.index].tolist()
+    # In a later epoch a row is no copy of itself: the order is random.
+    index = function(run, pool, 1, None).index.tolist()
+    assert len(index) == 12 and not set(range(12, 20)) <= set(index)
+    # As if the first pool had been other rows of the same text: all that is new is taken, copies fill the coreset.
+    choose(run, name, [new[:12]])
+    run.memory["rows"] += len(run.train)
+    index = function(run, pool, 1, None).index.tolist()
+    copies = [i for i in index if i < 12]
+    assert set(range(12, 20)) <= set(index) and len(copies) == (0 if name == "fresh_skip98" else 4)
+    index = function(run, new[:12], 2, None).index.tolist()
+    assert len(index) == (1 if name == "fresh_skip98" else 12)  # a step needs a row
 
 
 def test_tf_idf(trained_run):
@@ -262,7 +272,7 @@ def test_it_is_the_trainers_own_training(build, work):
     assert result["eval"][-1]["tune"] != result["eval"][-1]["report"]
 
 
-@pytest.mark.parametrize("setting", ["full-16", "random", "colm-grad", "losses"])
+@pytest.mark.parametrize("setting", ["full-16", "random", "colm-grad", "fresh_source"])
 def test_the_cost_is_spent(build, setting):
     """Trained tokens and priced probes add up to the budget, but for the last step; the rate falls to nearly 0."""
     spec = build(setting, budget="cost", steps=6, extra=["--price", "0.5"])
@@ -274,21 +284,21 @@ def test_the_cost_is_spent(build, setting):
     assert spec["amount"] == pytest.approx(6 * 12 * average)
     spent = result["tokens"] + 0.5 * result["probe_tokens"]
     assert spec["amount"] <= spent < spec["amount"] * (1 + 1.5 / result["steps"])
-    assert (result["probe_tokens"] > 0) == (setting in ("colm-grad", "losses"))
+    assert (result["probe_tokens"] > 0) == (setting == "colm-grad")
     assert rates[0] == 0 and max(rates) > 5e-3 and rates[-1] < 0.5 * max(rates) and len(rates) == result["steps"]
     assert [record["step"] for record in result["eval"]][-1] == result["steps"]
-    assert [round(3 * r["spent"] / spec["amount"]) for r in result["eval"]][:1] == [0]
+    assert [r["spent"] > spec["amount"] * (i + 1) / 3 for i, r in enumerate(result["eval"])] == [True] * 3
 
 
-def test_marks_of_what_was_taken(build, monkeypatch):
-    spec = build("full-16", "copies+noise", steps=4)
+def test_marks_of_what_was_taken(build):
+    spec = build("full-16", "copies+noise", steps=8)
     run = convergence.load_run(spec)
     marks = convergence.load_data(spec["data"])["marks"]
     taken = convergence.measure(run, spec)["taken"]
     rows = train_colm.draw_pool(len(run.train), 16, 1, 2)
     rows = rows[~experiments.is_small(run, rows)]
     for name in ("copies", "noise"):
-        assert taken[name][2] == pytest.approx(marks[name][rows].float().mean().item())
+        assert taken[name][2] == pytest.approx(marks[name][rows].float().mean().item(), abs=1e-4)
     assert convergence.eighths([0.5, None, 1.0]) == [None, None, 0.5, None, None, None, None, 1.0]
 
 
@@ -311,114 +321,59 @@ def test_the_rate_is_chosen_on_the_other_half():
     text = convergence.tables(runs)
     assert "| a | 0.002 | 2 | 240 | 2.80 | 0.00 | 1.210 ± 0.014 | 2.210 ± 0.014 | 3.210 ± 0.014 |" in text
     assert text.index("| b | 0.001 | 1 |") < text.index("| a | 0.002 |")  # least loss first
-    assert "share of noise" in text and "| 0.30 | - |" in text
+    assert "**noise, equal cost**" in text
 
 
-def test_what_runs_next():
-    cells, rates, begun, done = [Cell("clean", "a", "cost", 3), Cell("clean", "b", "cost", 1)], [1.0, 2.0], set(), []
+def test_what_is_yet_to_be_made():
+    own = argparse.Namespace(learning_rates=[1.0, 2.0], seeds=3)
+    cells, done = [Cell("clean", "a", "cost"), Cell("clean", "b", "cost")], []
 
-    def following():
-        item = convergence.next_of(cells, rates, done, begun)
-        return item and (item[0].setting, *item[1:])
+    def names(first_seeds):
+        return [(cell.setting, *rest) for cell, *rest in convergence.missing(cells, own, done, first_seeds)]
 
-    assert [following() for _ in range(5)] == [("a", 1.0, 1), ("a", 2.0, 1), ("b", 1.0, 1), ("b", 2.0, 1), None]
-    done += [run_json("a", 1.0, 1, [2])]
-    assert following() is None  # the second seed waits for all rates of the first
-    done += [run_json("a", 2.0, 1, [1])]
-    assert [following() for _ in range(3)] == [("a", 2.0, 2), ("a", 2.0, 3), None]
-
-
-class InProcess:
-    """Stands in for Popen: the worker without another start of Python."""
-
-    returncode = None
-
-    def __init__(self, command, stdin, stdout, stderr, env, text):
-        assert command[1:] == [convergence.__file__, "--worker"]
-        self.stdin, self.log, self.device = self, stderr.name, env["CUDA_VISIBLE_DEVICES"]
-
-    def write(self, line):
-        with open(self.log, "a") as log, contextlib.redirect_stderr(log), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stdin", io.StringIO(line))
-            with pytest.raises(SystemExit) as end:
-                convergence.main(["--worker"])
-        self.returncode = end.value.code or None
-
-    def flush(self):
-        pass
-
-    close = wait = terminate = flush
-
-    def poll(self):
-        return self.returncode
+    assert names(True) == [("a", 1.0, 1), ("a", 2.0, 1), ("b", 1.0, 1), ("b", 2.0, 1)] and names(False) == []
+    done += [run_json("a", 1.0, 1, [2]), run_json("a", 2.0, 1, [1]), run_json("a", 2.0, 3, [1])]
+    assert names(True) == [("b", 1.0, 1), ("b", 2.0, 1)]
+    assert names(False) == [("a", 2.0, 2)]  # at the best rate; b has none yet
 
 
 @pytest.mark.parametrize(
     "listed, count, expected", [(None, 2, ["0", "1"]), ("3, 5", 2, ["3", "5"]), (None, 0, [""]), ("", 0, [""])]
 )
-def test_runs_are_spread_over_the_visible_devices(tmp_path, monkeypatch, listed, count, expected):
-    started = []
-
-    class Fake(InProcess):
-        def write(self, line):
-            started.append((self.device, json.loads(line)["output"]))
-            self.written = started[-1][1]
-
-        def poll(self):  # a run is done when four have begun
-            if len(started) > 3:
-                run = run_json("a", 1.0, int(Path(self.written).stem), [2], amount=1, price=1, seconds=1, weights="")
-                Path(self.written).write_text(json.dumps(run))
-            return None
-
+def test_visible_devices(monkeypatch, listed, count, expected):
     monkeypatch.setattr(convergence.torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    monkeypatch.setattr(convergence.subprocess, "Popen", Fake)
-    own = convergence.build_parser().parse_args(["--learning_rates", "1", "2", "3", "4", "--jobs", "4"])
-
-    def spec_of(cell, rate, seed):
-        name = f"{int(rate) if seed == 1 else 10 + seed}"
-        return {"output": str(tmp_path / f"{name}.json"), "cell": cell.name, "rate": rate, "seed": seed}
-
-    done = []
-    cells = [Cell("clean", "a", "cost", 1)]
-    assert convergence.run_all(cells, own, spec_of, done, lambda: None, float("inf")) == []
-    assert [device for device, _ in started] == (expected * 4)[:4] and len(done) == 4
+    assert convergence.visible_devices() == expected
 
 
 def test_a_whole_command(work, capsys, monkeypatch):
-    """Several cells, two rates, a setting that fails, nothing done twice, what is known not at all, and figures."""
-    monkeypatch.setattr(convergence.signal, "signal", lambda *_: None)
+    """Several cells, two rates, a setting that fails, nothing made twice, another command, and figures."""
     monkeypatch.setitem(convergence.SETTINGS, "random", "--selection random --lora_target_modules nothing")
-    output, more = work / "results.json", work / "more.json"
-    command = f"{FLAGS} --steps 2 --jobs 2 --work {work} --output {output} --learning_rates 1e-3 1e-2".split()
-    command += ["--cells", "clean,copies:dedup+random_keep-sqrt:cost:2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(convergence.subprocess, "Popen", InProcess)
-        assert convergence.main([*command, "clean:random:steps:1"]) == 1
-    result = json.loads(output.read_text())
-    assert len(result["problems"]) == 2 and all(
-        "clean random steps" in p and "nothing" in p for p in result["problems"]
-    )
-    ran = [(run["cell"], run["rate"], run["seed"]) for run in result["runs"]]
+    output = work / "results.json"
+    command = f"{FLAGS} --steps 2 --work {work} --output {output} --learning_rates 1e-3 1e-2".split()
+    two = ["--regimes", "clean", "copies", "--settings", "dedup+random_keep-sqrt", "--seeds", "2"]
+    assert convergence.main([*command, *two]) == 0
+    assert "copies: dedup leaves " in (shown := capsys.readouterr().out)
+    runs = json.loads(output.read_text())["runs"]
+    made = [(run["cell"], run["rate"], run["seed"]) for run in runs]
     for regime in ("clean", "copies"):
         name = f"{regime} dedup+random_keep-sqrt cost"
-        best = convergence.best_rate(result["runs"], name)
-        assert sorted(one for one in ran if one[0] == name) == sorted(
+        best = convergence.best_rate(runs, name)
+        assert sorted(one for one in made if one[0] == name) == sorted(
             [(name, 1e-3, 1), (name, 1e-2, 1), (name, best, 2)]
         )
-    assert "copies: " in (out := capsys.readouterr().out) and "rows are left without near copies" in out
+        assert f"**{regime}, equal cost**" in shown
 
-    assert convergence.main(command) == 0  # no process is started: all runs are there
-    again = json.loads(output.read_text())["runs"]
-    assert sorted(map(str, again)) == sorted(map(str, result["runs"]))
-    elsewhere = [*command[: command.index("--work")], "--work", str(work / "other"), "--output", str(more)]
-    elsewhere += ["--learning_rates", "1e-3", "1e-2", "--known", str(output), *command[command.index("--cells") :]]
-    assert convergence.main(elsewhere) == 0 and len(json.loads(more.read_text())["runs"]) == 6
-    capsys.readouterr()
-    assert convergence.main(["--show", str(output)]) == 0
-    assert "**copies, equal cost: share of copies among rows not kept**" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(convergence, "attempt", None)  # no run is made
+        assert convergence.main([*command, *two]) == 0
+    assert convergence.main([*command, "--settings", "random", "--budget", "steps"]) == 1
+    assert capsys.readouterr().err.count("warning: clean random steps") == 2
+    assert json.loads(output.read_text())["runs"] == runs
+    with pytest.raises(UserError, match="holds runs with other settings"):
+        convergence.main([*command, "--steps", "3"])
 
     pytest.importorskip("matplotlib")
     plot_convergence.main([str(output)])
@@ -427,22 +382,36 @@ def test_a_whole_command(work, capsys, monkeypatch):
         plot_convergence.main([str(output), "--settings", "nothing"])
 
 
-def test_a_real_worker_process(work, capsys, monkeypatch):
-    monkeypatch.setattr(convergence.signal, "signal", lambda *_: None)
-    command = f"{FLAGS} --steps 1 --work {work} --output {work / 'one.json'} --learning_rates 1e-2".split()
-    assert convergence.main([*command, "--cells", "clean:random_keep:steps:1"]) == 0
-    (run,) = json.loads((work / "one.json").read_text())["runs"]
-    assert run["steps"] == 1 and len(run["weights"]) == 16 and not run["diverged"]
+def test_two_processes(work):
+    command = f"{FLAGS} --steps 1 --work {work} --output {work / 'two.json'} --jobs 2 --budget steps".split()
+    assert convergence.main([*command, "--learning_rates", "1e-3", "1e-2", "--settings", "random_keep"]) == 0
+    runs = json.loads((work / "two.json").read_text())["runs"]
+    assert sorted(run["rate"] for run in runs) == [1e-3, 1e-2]
+    assert all(run["steps"] == 1 and not run["diverged"] and "accuracy" not in run for run in runs)
+
+
+def test_scores(work):
+    """Each adapter answers questions, by eval_math.py."""
+    args = train_colm.parse_args(["--output_dir", str(work)])
+    tokenizer, model = load_tokenizer(args), str(work / "model")
+    train_colm.demo_model(args, tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    questions = work / "sums.json"
+    questions.write_text(json.dumps([{"question": "What is 1 + 1?", "answer": 2}]))
+    command = f"{FLAGS} --steps 1 --work {work} --output {work / 'scores.json'} --model {model}".split()
+    command += ["--accuracy", f"--tasks {questions} --max_new_tokens 2", "--learning_rates", "1e-3"]
+    assert convergence.main([*command, "--settings", "random_keep"]) == 0
+    (run,) = json.loads((work / "scores.json").read_text())["runs"]
+    assert run["accuracy"] == {"sums": 0.0} and "per example | sums |" in convergence.tables([run])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--cells clean:random:steps", "is not REGIMES:SETTINGS:BUDGETS:SEEDS"),
-        ("--cells clean:random:steps:0", "is not REGIMES:SETTINGS:BUDGETS:SEEDS"),
-        ("--cells copies+nothing:random:steps:1", "the regime nothing is unknown"),
-        ("--cells clean:nothing-sqrt:steps:1", "the setting nothing-sqrt is unknown"),
-        ("--cells clean:random:seconds:1", "the budget seconds is unknown"),
+        ("--regimes copies+nothing", "--regimes nothing is unknown"),
+        ("--settings nothing-sqrt", "--settings nothing-sqrt is unknown"),
+        ("--settings half+random", "--settings half.random is unknown"),
+        ("--budget seconds", "invalid choice: 'seconds'"),
         ("--steps 0", "--steps 0 is out of range"),
         ("--price -1", "--price -1.0 is out of range"),
         ("--held_out 1", "--held_out 1 of"),
@@ -451,7 +420,6 @@ def test_a_real_worker_process(work, capsys, monkeypatch):
         ("--learning_rate 1", "--learning_rate is not for train_colm.py here"),
     ],
 )
-def test_bad_flags(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(convergence.signal, "signal", lambda *_: None)
+def test_bad_flags(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        convergence.main([*flags.split(), "--work", str(tmp_path)])
+        convergence.main([*flags.split(), "--work", str(tmp_path), "--output", str(tmp_path / "out.json")])
