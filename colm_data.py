@@ -35,7 +35,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -1000,6 +1000,34 @@ class TokenizedRows:
             if first <= number:
                 return f"{path} row {number - first + 1}"
         raise IndexError(number)
+
+    def without_copies(self) -> TokenizedRows:
+        """Less the rows whose tokens and supervised tokens are those of a row before. Numbers and sources stay."""
+        seen: set[bytes] = set()
+        stays, ids, supervised, offsets = [], [], [], [0]
+        for row in range(len(self)):
+            example = self.example(row)
+            content = hashlib.sha256(example.ids.numpy())
+            content.update(example.supervised.numpy())
+            if content.digest() in seen:
+                continue
+            seen.add(content.digest())
+            stays.append(row)
+            ids.append(example.ids)
+            supervised.append(example.supervised)
+            offsets.append(offsets[-1] + len(example.ids))
+        gone = len(self) - len(stays)
+        if gone == 0:
+            return self
+        return replace(
+            self,
+            ids=torch.cat(ids),
+            supervised=torch.cat(supervised),
+            offsets=offsets,
+            sources=self.sources[stays],
+            numbers=self.numbers[stays],
+            remarks=[*self.remarks, f"{gone} rows are copies of rows before them, dropped"],
+        )
 
     def fingerprint(self) -> str:
         """Equal for equal training data: what a resumed run compares."""

@@ -120,6 +120,7 @@ def build_parser() -> Parser:
     add("--train_file", nargs="+", help="files (.json, .jsonl, .csv, .parquet), globs or hub ids org/name:config:split")
     add("--eval_file", nargs="+", help="held-out rows in the same formats")
     add("--train_on", choices=["all", "last"], default="all", help="every answer of a conversation, or the last alone")
+    add("--drop_copies", action=flag, default=False, help="leave out rows whose tokens are those of a row before")
     add("--cache_dir", default=default_cache_dir(), help="where tokens of large files are kept; '' keeps none")
     add("--source_field", default="source", help="the field that names a row's source")
     add("--output_dir", default="colm_output")
@@ -1288,6 +1289,8 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     else:
         rows = demo_rows("train", 10)
         train = tokenize(rows, ["demo"] * len(rows), tokenizer, args, [], show)
+    if args.drop_copies:
+        train = train.without_copies()
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "

@@ -1531,3 +1531,21 @@ def test_config_files_hold_empty_lists_and_negative_numbers(tmp_path):
     (tmp_path / "flags.yaml").write_text("report_to: []\nlearning_rate: -1e-3\nkeep_sources: [a, b]\ncache_dir: ''\n")
     expected = ["--learning_rate=-1e-3", "--keep_sources", "a", "b", "--cache_dir="]
     assert colm_data.config_flags(str(tmp_path / "flags.yaml")) == expected
+
+
+def test_copies_are_dropped_and_the_others_keep_their_numbers_and_sources(demo_tokenizer, tmp_path, capsys):
+    rows = [{"instruction": f"What is {i} + 1?", "output": str(i + 1), "source": "abc"[i % 3]} for i in range(6)]
+    rows = [rows[0], rows[1], rows[0], rows[2], rows[1] | {"source": "d"}, *rows[2:], rows[0] | {"output": "2"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = [*f"--train_file {path} --pool_size 2 --coreset_size 1 --keep_sources none".split(), "--cache_dir", ""]
+    whole, _, _ = train_colm.load_data(parse_args(flags), demo_tokenizer, show=False)
+    data, _, _ = train_colm.load_data(parse_args([*flags, "--drop_copies"]), demo_tokenizer, show=True)
+    stays = [0, 1, 3, 6, 7, 8, 9]  # in order; another answer makes another row, another source does not
+    assert data.numbers.tolist() == stays
+    assert "3 rows are copies of rows before them, dropped" in capsys.readouterr().out
+    for i, row in enumerate(stays):
+        example, before = data.example(i), whole.example(row)
+        assert torch.equal(example.ids, before.ids) and torch.equal(example.supervised, before.supervised)
+        assert data.sources[i] == whole.sources[row]
+    assert data.without_copies() is data
