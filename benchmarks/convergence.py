@@ -457,10 +457,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def open_output(path: Path, settings: dict) -> list[dict]:
-    """The runs that `path` holds, which must have been made with the same settings."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text())
+    """The runs that `path` holds, which must have been made with the same settings; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} is not writable")
+        before = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": []}
+    except (OSError, ValueError) as error:  # before the first run, which may take an hour
+        raise UserError(f"--output {path} can't be used ({error}): name another file") from None
     if before.get("settings") != settings:
         raise UserError(f"--output {path} holds runs with other settings, {before.get('settings')}: name another file")
     return before["runs"]

@@ -423,3 +423,12 @@ def test_scores(work):
 def test_bad_flags(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         convergence.main([*flags.split(), "--work", str(tmp_path), "--output", str(tmp_path / "out.json")])
+
+
+def test_an_output_that_cannot_be_used_is_told_before_the_first_run(tmp_path):
+    assert convergence.open_output(tmp_path / "new/folder/map.json", {}) == []
+    assert (tmp_path / "new/folder").is_dir()
+    (tmp_path / "cut.json").write_text('{"settings": {')
+    for path in (tmp_path / "cut.json", tmp_path / "cut.json/map.json"):  # cut short; in a "folder" that is a file
+        with pytest.raises(convergence.UserError, match="can't be used"):
+            convergence.open_output(path, {})
