@@ -24,11 +24,13 @@ import glob
 import gzip
 import hashlib
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import tempfile
+import warnings
 import zlib
 from array import array
 from bisect import bisect_right
@@ -56,6 +58,15 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}: see {self.prog} --help")
+
+
+def hush_libraries() -> None:
+    """Drop warnings of libraries about one another, which nobody who runs a script can do anything about."""
+    # transformers 5.24 has new names for these; PEFT 0.21 asks for the old one, and older versions have no other.
+    old_names = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+    warnings.filterwarnings("ignore", old_names, FutureWarning)
+    # A CPU kernel from the hub, which bitsandbytes misses when it is imported, as PEFT does, used or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def config_flags(path: str) -> list[str]:
@@ -1002,31 +1013,39 @@ class TokenizedRows:
         raise IndexError(number)
 
     def without_copies(self) -> TokenizedRows:
-        """Less the rows whose tokens and supervised tokens are those of a row before. Numbers and sources stay."""
+        """Less the rows whose tokens and supervised tokens are those of a row before. Numbers stay.
+
+        A source of which no row is left goes, too: it would lower the mean size, and with it which sources are small.
+        """
         seen: set[bytes] = set()
-        stays, ids, supervised, offsets = [], [], [], [0]
+        stays = torch.zeros(len(self), dtype=torch.bool)
         for row in range(len(self)):
             example = self.example(row)
             content = hashlib.sha256(example.ids.numpy())
             content.update(example.supervised.numpy())
-            if content.digest() in seen:
-                continue
-            seen.add(content.digest())
-            stays.append(row)
-            ids.append(example.ids)
-            supervised.append(example.supervised)
-            offsets.append(offsets[-1] + len(example.ids))
-        gone = len(self) - len(stays)
-        if gone == 0:
+            if content.digest() not in seen:
+                seen.add(content.digest())
+                stays[row] = True
+        copies = int((~stays).sum())
+        if copies == 0:
             return self
+        remarks = [*self.remarks, f"{copies} rows are copies of rows before them, dropped"]
+        lengths = torch.tensor(self.offsets).diff()  # [rows]
+        tokens = stays.repeat_interleave(lengths)  # [tokens] bool
+        left, sources = self.sources[stays].unique(return_inverse=True)  # ids of the sources left, in order
+        names = [self.names[q] for q in left.tolist()]
+        lost = [name for name in self.names if name not in names]
+        if lost:
+            remarks.append(f"no row is left of {', '.join(lost)}: all are copies of rows of other sources")
         return replace(
             self,
-            ids=torch.cat(ids),
-            supervised=torch.cat(supervised),
-            offsets=offsets,
-            sources=self.sources[stays],
+            ids=self.ids[tokens],
+            supervised=self.supervised[tokens],
+            offsets=[0, *lengths[stays].cumsum(0).tolist()],
+            sources=sources,
             numbers=self.numbers[stays],
-            remarks=[*self.remarks, f"{gone} rows are copies of rows before them, dropped"],
+            names=names,
+            remarks=remarks,
         )
 
     def fingerprint(self) -> str:

@@ -64,7 +64,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from peft import PeftModel
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import AutoConfig, DynamicCache
@@ -74,6 +73,7 @@ from colm_data import (
     Parser,
     UserError,
     chat_prompt,
+    hush_libraries,
     load_tokenizer,
     prompt_and_completion,
     prompt_ids,
@@ -81,7 +81,7 @@ from colm_data import (
     replacing,
     stop_ids,
 )
-from train_colm import load_base
+from train_colm import BASE_PRECISIONS, load_base, noted, trained_precision
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -141,7 +141,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU")
     add(
         "--base_precision",
-        choices=["compute", "nf4"],
+        choices=BASE_PRECISIONS,
         help="nf4: base weights in 4 bits; default: as trained",
     )
     args = parser.parse_args(argv)
@@ -1328,12 +1328,14 @@ def find_file(model: str, name: str) -> str | None:
 
 def read_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
     """An adapter on its base, unmerged."""
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(load_base(base, args, dtype), args.model).eval()
 
 
 @torch.no_grad()
-def merged(model: PeftModel):
-    """The base with the adapter merged into its weights, or None where that makes another model of it.
+def merged(model):
+    """The base with the adapter of a PeftModel merged into its weights, or None where that makes another model of it.
 
     An adapter on an embedding that is tied to the output's also changes the other one when it is merged. So the logits
     of some tokens, spread over the vocabulary, are compared before and after.
@@ -1397,18 +1399,9 @@ def load_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
     return model
 
 
-def trained_precision(model: str) -> str:
-    """The --base_precision that the trainer noted beside an adapter."""
-    path = Path(model, "settings.json")
-    if not path.is_file():
-        return "compute"
-    return json.loads(path.read_text(encoding="utf-8")).get("base_precision", "compute")
-
-
 def trained_on_chats(model: str) -> bool:
     """Whether the trainer noted beside an adapter or model that its rows were rendered by the chat template."""
-    path = Path(model, "colm_prompts.json")
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+    return bool(noted(find_file(model, "colm_prompts.json")).get("chat_template"))
 
 
 def open_folder(args: argparse.Namespace, rows: list[Row]) -> tuple[dict, bool]:
@@ -1521,7 +1514,7 @@ def main(argv: list[str]) -> None:
     if args.chat_template is None:
         args.chat_template = trained_on_chats(args.model)
     if args.base_precision is None:
-        args.base_precision = trained_precision(args.model)
+        args.base_precision = trained_precision(find_file(args.model, "settings.json"))
     rows = []
     for name in args.tasks:
         rows += read_task(name, args)
@@ -1572,6 +1565,7 @@ def out_of_memory(args: argparse.Namespace) -> str:
 
 def cli(argv: list[str]) -> None:
     """Run, and turn what the user can fix into one line and exit code 2."""
+    hush_libraries()
     try:
         main(argv)
     except UserError as error:

@@ -61,8 +61,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 
-from colm_data import Parser, UserError, prompt_ids, read_rows, start_tokens
-from eval_math import load, out_of_memory, trained_on_chats, trained_precision, wilson
+from colm_data import Parser, UserError, hush_libraries, prompt_ids, read_rows, start_tokens
+from eval_math import find_file, load, out_of_memory, trained_on_chats, wilson
+from train_colm import BASE_PRECISIONS, trained_precision
 
 OFFICIAL_MAX_LENGTH = 2048  # MeZO's, whose prompts these are; 512 cuts 8.8 % of MultiRC's prompts (Phi-2's tokens)
 
@@ -979,7 +980,7 @@ def score(args) -> None:
     path = Path(args.output_dir, "predictions.jsonl")
     state = PartialState()
     if args.base_precision is None:
-        args.base_precision = trained_precision(args.model)
+        args.base_precision = trained_precision(find_file(args.model, "settings.json"))
     model, tokenizer, *_ = load(args, state.device)
     choose_defaults(args, model, tokenizer)
     encode(examples, tokenizer, args)
@@ -1066,7 +1067,7 @@ def build_parser() -> Parser:
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU")
     add(
         "--base_precision",
-        choices=["compute", "nf4"],
+        choices=BASE_PRECISIONS,
         help="nf4: base weights in 4 bits; default: as trained",
     )
     return parser
@@ -1080,6 +1081,7 @@ def positive(text: str) -> int:
 
 def cli(argv: list[str]) -> None:
     """Run, and turn what the user can fix into one line and exit code 2."""
+    hush_libraries()
     try:
         args = build_parser().parse_args(argv)
         if args.command == "prepare":

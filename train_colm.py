@@ -90,6 +90,7 @@ from colm_data import (
     config_flags,
     default_cache_dir,
     demo_rows,
+    hush_libraries,
     load_tokenizer,
     load_tokens,
     remove,
@@ -109,6 +110,7 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
     "eval_every": 20,
     "sparsify_dims": 256,
 }
+BASE_PRECISIONS = ["compute", "nf4"]
 
 
 def build_parser() -> Parser:
@@ -161,7 +163,7 @@ def build_parser() -> Parser:
     add("--packing", action=flag, help="examples end to end in one row instead of padded; default: on a GPU in bf16")
     add("--gradient_checkpointing", action=flag, default=False)
     add("--compile", action=flag, default=False, help="compile the decoder layers")
-    add("--base_precision", choices=["compute", "nf4"], default="compute", help="nf4: frozen weights in 4 bits")
+    add("--base_precision", choices=BASE_PRECISIONS, default="compute", help="nf4: frozen weights in 4 bits")
     # the run
     add("--save_every", type=int, default=100, help="steps between checkpoints, 0: none")
     add("--keep_checkpoints", type=int, default=2)
@@ -829,9 +831,7 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, quantisers without their package and remote code raise many kinds
-        if isinstance(error, ImportError):
-            remedy = "install it, or give another model"
-        elif base != args.model:
+        if base != args.model:
             remedy = f"{remedy}, or use another checkpoint" if whole else f"{remedy} of {args.model}"
         raise UserError(f"--model {base}: {one_line(error)}: {remedy}") from None
     if not args.lora_r and getattr(model, "is_quantized", False):
@@ -854,8 +854,10 @@ def load_base(base: str | Path, args, dtype: torch.dtype, sharded: bool = False)
     if args.base_precision == "nf4":
         before = getattr(AutoConfig.from_pretrained(base, **remote), "quantization_config", None)
         if before:
-            method = before["quant_method"]
-            raise UserError(f"--base_precision nf4: {base} is quantised already, by {method}: drop the flag")
+            method = before.get("quant_method", "an unnamed method")
+            raise UserError(
+                f"--base_precision nf4: {base} is quantised already, by {method}: use --base_precision compute"
+            )
         storage = dtype if sharded else torch.uint8
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -864,7 +866,10 @@ def load_base(base: str | Path, args, dtype: torch.dtype, sharded: bool = False)
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=storage,
         )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **remote, **options)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **remote, **options)
+    except ImportError as error:  # of the package that reads the weights of a quantised model, or of remote code
+        raise UserError(f"--model {base}: {one_line(error)}: install it, or give another model") from None
     if getattr(model, "is_loaded_in_8bit", False):
         raise UserError(f"{base} has 8-bit layers of bitsandbytes, which are not supported: give other weights of it")
     if getattr(model, "is_loaded_in_4bit", False):
@@ -975,6 +980,32 @@ def adopt_adapter(args, given: set[str]) -> None:
                 wanted, value = " ".join(wanted), " ".join(value)
             raise UserError(f"--{name} {wanted}, but the adapter in {args.model} has {value}: drop the flag")
         setattr(args, name, value)
+    if "base_precision" not in given:
+        args.base_precision = trained_precision(Path(args.model, "settings.json"))
+
+
+def noted(path: str | Path | None) -> dict:
+    """What `save_model` wrote beside a model, in settings.json or colm_prompts.json; {} where there is no such file."""
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = one_line(error)
+    else:
+        if isinstance(content, dict):
+            return content
+        problem = "it holds no settings"
+    raise UserError(f"{path} can't be read ({problem}): copy it again, or remove it and give the flags that it held")
+
+
+def trained_precision(settings: str | Path | None) -> str:
+    """The --base_precision that an adapter was trained with, from the settings.json beside it."""
+    precision = noted(settings).get("base_precision", "compute")
+    if precision not in BASE_PRECISIONS:
+        choices = " or ".join(BASE_PRECISIONS)
+        raise UserError(f"{settings} says base_precision {precision}: choose {choices} with --base_precision")
+    return precision
 
 
 def add_lora(model, args, adapter: Path | str | None = None):
@@ -1289,12 +1320,16 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     else:
         rows = demo_rows("train", 10)
         train = tokenize(rows, ["demo"] * len(rows), tokenizer, args, [], show)
+    copies = 0
     if args.drop_copies:
+        with_copies = len(train)
         train = train.without_copies()
+        copies = with_copies - len(train)
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
-            f"--max_length {args.max_length}): lower it to {len(train)} or less"
+            f"--max_length {args.max_length} or have no answer, {copies} are copies): "
+            f"lower it to {len(train)} or less"
         )
     counts = dict(enumerate(torch.bincount(train.sources).tolist()))
     if args.cluster_sources > len(train):
@@ -2025,6 +2060,7 @@ def main(argv: list[str]) -> None:
 
 def cli(argv: list[str]) -> None:
     """Run, and turn what the user can fix into one line and exit code 2."""
+    hush_libraries()
     try:
         main(argv)
     except torch.OutOfMemoryError:  # of this process, whichever it is

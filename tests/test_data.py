@@ -1549,3 +1549,22 @@ def test_copies_are_dropped_and_the_others_keep_their_numbers_and_sources(demo_t
         assert torch.equal(example.ids, before.ids) and torch.equal(example.supervised, before.supervised)
         assert data.sources[i] == whole.sources[row]
     assert data.without_copies() is data
+
+
+def test_a_source_of_copies_alone_is_no_source(demo_tokenizer, tmp_path, capsys):
+    """Empty, it would count as a small source and lower the mean size, which is 6.5 here: c has 5 rows."""
+    sources = "a" * 8 + "c" * 5
+    rows = [{"instruction": f"What is {i} + 1?", "output": str(i + 1), "source": sources[i]} for i in range(13)]
+    rows[4:4] = [row | {"source": "b"} for row in rows[:2]]
+    rows += [row | {"source": "d"} for row in rows[:2]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = f"--train_file {path} --coreset_size 1 --drop_copies --cache_dir=".split()
+    data, _, keep = train_colm.load_data(parse_args([*flags, "--pool_size", "2"]), demo_tokenizer, show=True)
+    assert data.names == ["a", "c"] and keep == {1}
+    assert data.sources.tolist() == [0] * 8 + [1] * 5
+    assert "no row is left of b, d" in capsys.readouterr().out
+    with pytest.raises(colm_data.UserError, match="--keep_sources b is not a source"):
+        train_colm.load_data(parse_args([*flags, "--pool_size=2", "--keep_sources=b"]), demo_tokenizer, show=False)
+    with pytest.raises(colm_data.UserError, match="exceeds the 13 usable rows .* 4 are copies"):
+        train_colm.load_data(parse_args([*flags, "--pool_size", "14"]), demo_tokenizer, show=False)

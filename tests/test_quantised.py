@@ -5,6 +5,7 @@ What is computed is compared with a model of plain layers that hold the same wei
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(REPO))
 
 import colm_data  # noqa: E402
 import eval_math  # noqa: E402
+import eval_superglue  # noqa: E402
 import train_colm  # noqa: E402
 from colm_core import VProjectionProbe, example_losses  # noqa: E402
 from train_colm import read_records  # noqa: E402
@@ -259,7 +261,7 @@ def test_two_ranks_train_as_one_process(inputs, tmp_path, monkeypatch, script, p
 @pytest.mark.parametrize(
     ("model", "text", "says"),
     [
-        ("4 bits", "--base_precision nf4", ["is quantised already, by bitsandbytes", "drop the flag"]),
+        ("4 bits", "--base_precision nf4", ["is quantised already, by bitsandbytes", "use --base_precision compute"]),
         ("8 bits", "", ["8-bit layers of bitsandbytes", "give other weights"]),
         ("4 bits", "--lora_r 0", ["--lora_r 0 would train", "give 1 or more"]),
         ("model", "--base_precision nf4 --lora_r 0", ["--base_precision nf4", "drop one"]),
@@ -284,3 +286,77 @@ def test_without_bitsandbytes_the_package_is_named(inputs, tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         train_colm.cli(["--base_precision", "nf4"])
     assert "no effect on the demo" in capsys.readouterr().err
+
+
+def test_an_adapter_goes_on_in_the_precision_it_was_trained_in(inputs, tmp_path):
+    first = train(flags(inputs, tmp_path / "first", "--base_precision nf4 --max_steps 1"))
+    final = str(first / "final")
+    again = train(flags(inputs, tmp_path / "again", "--max_steps 1", final))
+    assert json.loads((again / "final/settings.json").read_text())["base_precision"] == "nf4"
+    losses = [read_records(folder / "eval.jsonl") for folder in (first, again)]
+    assert losses[1][0]["eval_loss"] == losses[0][-1]["eval_loss"]  # it begins where the other ended
+    args = train_colm.parse_args(flags(inputs, tmp_path / "other", "--base_precision compute", final))
+    assert args.base_precision == "compute"  # as asked
+
+
+@pytest.mark.parametrize("name", ["settings.json", "colm_prompts.json"])
+@pytest.mark.parametrize("content", [b'{"base_precision', b"[1]", b"\xff\xfe", b'{"base_precision": "int7"}'])
+def test_damaged_notes_beside_an_adapter_are_told_in_one_line(inputs, tmp_path, capsys, name, content):
+    """By the trainer and both evaluations; a flag in their place is enough."""
+    args = train_colm.parse_args(flags(inputs, tmp_path / "unused"))
+    model = train_colm.add_lora(train_colm.load_base(args.model, args, torch.float32), args)
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    colm_data.demo_tokenizer().save_pretrained(adapter)
+    (adapter / name).write_bytes(content)
+    (tmp_path / "task.jsonl").write_text('{"question": "add 2 3", "answer": "5"}\n')
+    (tmp_path / "cb.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": 0, "idx": 0}\n')
+    task, out = str(tmp_path / "task.jsonl"), str(tmp_path / "out")
+    runs = [(eval_math.cli, ["--model", str(adapter), "--tasks", task, "--output_dir", out, "--max_new_tokens=2"])]
+    score = ["score", f"CB={tmp_path}/cb.jsonl", "--model", str(adapter), "--output_dir", out + "2"]
+    runs.append((eval_superglue.cli, score))
+    runs.append((train_colm.cli, flags(inputs, tmp_path / "unused", "", adapter)))
+    remedy = {"settings.json": "--base_precision=compute", "colm_prompts.json": "--no-chat_template"}[name]
+    for cli, arguments in runs:
+        prompts_matter = cli is not train_colm.cli and b"int7" not in content
+        if name == "settings.json" or prompts_matter:
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as refused:
+                cli(arguments)
+            assert refused.value.code == 2
+            [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+            assert str(adapter / name) in line
+        if cli is not train_colm.cli:
+            cli([*arguments, remedy])
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_quantised_base_without_the_name_of_its_method_is_told(inputs, tmp_path, capsys):
+    config = json.loads((inputs / "4 bits/config.json").read_text())
+    config["quantization_config"].pop("quant_method")
+    shutil.copytree(inputs / "4 bits", tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        train_colm.cli(flags(inputs, tmp_path / "out", model=tmp_path / "model"))
+    assert "quantised already, by an unnamed method: use --base_precision compute" in capsys.readouterr().err
+
+
+def test_evaluations_name_the_package_of_quantised_weights(inputs, tmp_path, capsys, monkeypatch):
+    def missing(*args, **options):
+        raise ImportError("4-bit quantization requires bitsandbytes: `pip install bitsandbytes`")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    (tmp_path / "task.jsonl").write_text('{"question": "add 2 3", "answer": "5"}\n')
+    files = ["--tasks", str(tmp_path / "task.jsonl"), "--output_dir", str(tmp_path / "scores")]
+    with pytest.raises(SystemExit):
+        eval_math.cli(["--model", str(inputs / "4 bits"), *files])
+    assert "pip install bitsandbytes`: install it, or give another model" in capsys.readouterr().err
+
+
+def test_libraries_do_not_warn_about_one_another(inputs, tmp_path):
+    """Nobody who runs a script can do anything about the names that PEFT asks transformers for."""
+    command = [sys.executable, str(REPO / "train_colm.py")]
+    command += flags(inputs, tmp_path / "out", "--base_precision nf4 --max_steps 1 --gradient_checkpointing")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr and "Failed to load" not in done.stderr
