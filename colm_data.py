@@ -79,6 +79,8 @@ def config_flags(path: str) -> list[str]:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}: give a readable YAML file") from None
     if not isinstance(settings, dict):
         raise UserError(f"--config {path} is not a mapping: write one flag a line, as in 'pool_size: 128'")
+    if "config" in settings:
+        raise UserError(f"--config {path} names another config, which would not be read: put all flags in one file")
     flags = []
     for key, value in settings.items():
         if isinstance(value, bool):

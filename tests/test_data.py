@@ -1531,6 +1531,9 @@ def test_config_files_hold_empty_lists_and_negative_numbers(tmp_path):
     (tmp_path / "flags.yaml").write_text("report_to: []\nlearning_rate: -1e-3\nkeep_sources: [a, b]\ncache_dir: ''\n")
     expected = ["--learning_rate=-1e-3", "--keep_sources", "a", "b", "--cache_dir="]
     assert colm_data.config_flags(str(tmp_path / "flags.yaml")) == expected
+    (tmp_path / "flags.yaml").write_text("config: other.yaml\n")
+    with pytest.raises(colm_data.UserError, match="names another config"):
+        colm_data.config_flags(str(tmp_path / "flags.yaml"))
 
 
 def test_copies_are_dropped_and_the_others_keep_their_numbers_and_sources(demo_tokenizer, tmp_path, capsys):
