@@ -277,6 +277,7 @@ class Run:
     moments: AdamMoments
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
+    dropout_seeds: Tensor | None = None  # [modules, 4] of HashedDropout, with --compile
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
     comm_bytes: int = 0  # what this rank gave to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
@@ -579,6 +580,8 @@ def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> T
     for positions, batch, last in run.micro_batches(run.train, pool, max_tokens, only=choice.index):
         # Ranks add up their gradients once, in the backward pass of the last micro-batch.
         synchronisation = nullcontext() if last else run.accelerator.no_sync(run.model)
+        if run.dropout_seeds is not None:
+            run.dropout_seeds.random_(-(2**31), 2**31 - 1)
         with synchronisation:
             with run.accelerator.autocast():
                 losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
@@ -912,7 +915,7 @@ def add_lora(model, args, adapter: Path | str | None = None):
     if args.gradient_checkpointing:
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
+            require_input_gradients(model)  # or no gradient would reach a checkpointed layer of a frozen base
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
     if not args.lora_r:
@@ -1371,16 +1374,19 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
 
 def compile_layers(run: Run) -> None:
     """Compile the decoder layers and the loss. While it probes, the last layer runs as written."""
+    import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import inductor_prims
     from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils.checkpoint import CheckpointPolicy
 
     class SameDropout(CustomGraphPass):
         """Backward may compute a dropout mask again, but must not draw another one: seeds are saved.
 
-        With a memory budget PyTorch does draw another (seen in 2.13), and gradients are wrong without a warning.
+        With a memory budget PyTorch does draw another (seen in 2.13), and gradients are wrong without a warning. Most
+        dropout is `HashedDropout` here; models may call the function `dropout` as well.
         """
 
         def __call__(self, graph):
@@ -1395,9 +1401,73 @@ def compile_layers(run: Run) -> None:
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
+    torch._dynamo.config.specialize_float = True  # LoRA's scale is compiled in; else every call hands it over
     run.labelled_logits.kernels = LossKernels.compiled()
-    for layer in decoder_layers(run):
+    layers = decoder_layers(run)
+    hash_dropout(run, layers)
+    require_input_gradients(run.inner)  # or the first layer, whose input has none, would be compiled on its own
+    for layer in layers:
         layer.compile(dynamic=True)
+    run.accelerator.print(f"--compile: the first steps wait for the compiler, once: {cache_dir()} keeps what it makes")
+
+
+class HashedDropout(torch.nn.Module):
+    """Dropout for compiled layers: an element is dropped by a hash of its number and the seed.
+
+    Compiled, `torch.nn.Dropout` draws every element's number from Philox, which takes three times as long as reading
+    and writing the elements. The hash below is short enough to hide behind memory, and since the mask follows from the
+    seed, the backward pass computes it again instead of keeping it.
+    """
+
+    def __init__(self, p: float, seed: Tensor):
+        super().__init__()
+        self.p = p
+        self.seed = seed  # int32 [4] of which two are used: compiled code wants its inputs at multiples of 16 bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        number = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+        # Products with large odd numbers, which wrap around, and shifts that drop the copies of the sign: MurmurHash3's
+        # last steps, behind one more product that lets the second half of the seed enter.
+        h = (number ^ self.seed[0]) * -0x61C88647 + self.seed[1]
+        h = h ^ ((h >> 16) & 0xFFFF)
+        h = h * -0x7A143595
+        h = h ^ ((h >> 13) & 0x7FFFF)
+        h = h * -0x3D4D51CB
+        h = h ^ ((h >> 16) & 0xFFFF)
+        dropped = (h & 0x7FFFFFFF) < round(self.p * 2**31)  # the lowest 31 bits as a number
+        return torch.where(dropped, 0.0, x / (1 - self.p))
+
+
+def hash_dropout(run: Run, layers: torch.nn.ModuleList) -> None:
+    """Put `HashedDropout` in the place of the layers' dropout; `run.dropout_seeds` are its seeds, [modules, 4]."""
+    found = []
+    for parent in layers.modules():
+        for name, module in parent.named_children():
+            if type(module) is torch.nn.Dropout and module.p > 0:
+                found.append((parent, name, module.p))
+    if not found:
+        return
+    run.dropout_seeds = torch.zeros(len(found), 4, dtype=torch.int32, device=run.device)
+    for (parent, name, p), seed in zip(found, run.dropout_seeds, strict=True):
+        dropout = HashedDropout(p, seed)
+        parent.add_module(name, dropout)
+        run.modules.append(dropout)
+
+
+def require_input_gradients(model) -> None:
+    """Have embedded tokens ask for a gradient wherever there are gradients, also over a frozen base.
+
+    transformers' own hook asks while probing, too, which would be one more kind of input to compile for.
+    """
+
+    def ask(module, args, output):
+        if torch.is_grad_enabled() and not output.requires_grad:
+            return output.requires_grad_().clone()  # some models write into it, and nobody may write into a leaf
+        return None
+
+    model.get_input_embeddings().register_forward_hook(ask)
 
 
 def decoder_layers(run: Run) -> torch.nn.ModuleList:
