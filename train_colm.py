@@ -912,13 +912,8 @@ def adopt_adapter(args, given: set[str]) -> None:
 
 def add_lora(model, args, adapter: Path | str | None = None):
     """The model with --gradient_checkpointing and LoRA adapters: new ones as the flags ask, or those of a folder."""
-    if args.gradient_checkpointing:
-        try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            require_input_gradients(model)  # or no gradient would reach a checkpointed layer of a frozen base
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
     if not args.lora_r:
+        checkpoint_layers(model, args)
         return model
     import peft
 
@@ -946,7 +941,34 @@ def add_lora(model, args, adapter: Path | str | None = None):
             module.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the large activations
         if getattr(module, "lora_variant", None):
             raise UserError(f"--model {args.model}: DoRA and other variants of LoRA are not supported: give plain LoRA")
+    checkpoint_layers(model, args)  # now: of a checkpointed model PEFT would ask for input gradients while probing, too
     return model
+
+
+def checkpoint_layers(model, args) -> None:
+    """Switch --gradient_checkpointing on."""
+    if not args.gradient_checkpointing:
+        return
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # the hooks that this has set would act while probing, too
+        require_input_gradients(model)  # or no gradient would reach a checkpointed layer of a frozen base
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
+
+
+def require_input_gradients(model) -> None:
+    """Have embedded tokens ask for a gradient in training, also over a frozen base.
+
+    transformers' own hook asks while probing, too, which would be one more kind of input to compile for.
+    """
+
+    def ask(module, args, output):
+        if torch.is_grad_enabled() and not output.requires_grad:
+            return output.requires_grad_().clone()  # some models write into it, and nobody may write into a leaf
+        return None
+
+    model.get_input_embeddings().register_forward_hook(ask)
 
 
 def load_adapter(model, folder: Path | str):
@@ -1374,7 +1396,6 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
 
 def compile_layers(run: Run) -> None:
     """Compile the decoder layers and the loss. While it probes, the last layer runs as written."""
-    import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import inductor_prims
@@ -1401,7 +1422,6 @@ def compile_layers(run: Run) -> None:
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
-    torch._dynamo.config.specialize_float = True  # LoRA's scale is compiled in; else every call hands it over
     run.labelled_logits.kernels = LossKernels.compiled()
     layers = decoder_layers(run)
     hash_dropout(run, layers)
@@ -1415,8 +1435,8 @@ class HashedDropout(torch.nn.Module):
     """Dropout for compiled layers: an element is dropped by a hash of its number and the seed.
 
     Compiled, `torch.nn.Dropout` draws every element's number from Philox, which takes three times as long as reading
-    and writing the elements. The hash below is short enough to hide behind memory, and since the mask follows from the
-    seed, the backward pass computes it again instead of keeping it.
+    and writing the elements (H200). The hash below is short enough to hide behind these, and since the mask follows
+    from the seed, the backward pass may compute it again.
     """
 
     def __init__(self, p: float, seed: Tensor):
@@ -1454,20 +1474,6 @@ def hash_dropout(run: Run, layers: torch.nn.ModuleList) -> None:
         dropout = HashedDropout(p, seed)
         parent.add_module(name, dropout)
         run.modules.append(dropout)
-
-
-def require_input_gradients(model) -> None:
-    """Have embedded tokens ask for a gradient wherever there are gradients, also over a frozen base.
-
-    transformers' own hook asks while probing, too, which would be one more kind of input to compile for.
-    """
-
-    def ask(module, args, output):
-        if torch.is_grad_enabled() and not output.requires_grad:
-            return output.requires_grad_().clone()  # some models write into it, and nobody may write into a leaf
-        return None
-
-    model.get_input_embeddings().register_forward_hook(ask)
 
 
 def decoder_layers(run: Run) -> torch.nn.ModuleList:
