@@ -277,7 +277,7 @@ class Run:
     moments: AdamMoments
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
-    dropout_seeds: Tensor | None = None  # [modules, 4] of HashedDropout, with --compile
+    dropout_seeds: list[Tensor] = field(default_factory=list)  # of every HashedDropout, with --compile
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
     comm_bytes: int = 0  # what this rank gave to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
@@ -580,8 +580,7 @@ def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> T
     for positions, batch, last in run.micro_batches(run.train, pool, max_tokens, only=choice.index):
         # Ranks add up their gradients once, in the backward pass of the last micro-batch.
         synchronisation = nullcontext() if last else run.accelerator.no_sync(run.model)
-        if run.dropout_seeds is not None:
-            run.dropout_seeds.random_(-(2**31), 2**31 - 1)
+        draw_dropout_seeds(run)
         with synchronisation:
             with run.accelerator.autocast():
                 losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
@@ -1396,6 +1395,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
 
 def compile_layers(run: Run) -> None:
     """Compile the decoder layers and the loss. While it probes, the last layer runs as written."""
+    import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import inductor_prims
@@ -1422,6 +1422,8 @@ def compile_layers(run: Run) -> None:
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
+    # Numbers such as LoRA's scale are compiled in. As arguments they would have every graph traced twice.
+    torch._dynamo.config.specialize_float = True
     run.labelled_logits.kernels = LossKernels.compiled()
     layers = decoder_layers(run)
     hash_dropout(run, layers)
@@ -1439,10 +1441,10 @@ class HashedDropout(torch.nn.Module):
     from the seed, the backward pass may compute it again.
     """
 
-    def __init__(self, p: float, seed: Tensor):
+    def __init__(self, p: float, device: torch.device):
         super().__init__()
         self.p = p
-        self.seed = seed  # int32 [4] of which two are used: compiled code wants its inputs at multiples of 16 bytes
+        self.seed = torch.zeros(2, dtype=torch.int32, device=device)  # `draw_dropout_seeds` fills it
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -1461,19 +1463,27 @@ class HashedDropout(torch.nn.Module):
 
 
 def hash_dropout(run: Run, layers: torch.nn.ModuleList) -> None:
-    """Put `HashedDropout` in the place of the layers' dropout; `run.dropout_seeds` are its seeds, [modules, 4]."""
+    """Put `HashedDropout` in the place of all dropout modules of the layers."""
     found = []
     for parent in layers.modules():
         for name, module in parent.named_children():
             if type(module) is torch.nn.Dropout and module.p > 0:
                 found.append((parent, name, module.p))
-    if not found:
-        return
-    run.dropout_seeds = torch.zeros(len(found), 4, dtype=torch.int32, device=run.device)
-    for (parent, name, p), seed in zip(found, run.dropout_seeds, strict=True):
-        dropout = HashedDropout(p, seed)
+    for parent, name, p in found:
+        dropout = HashedDropout(p, run.device)
         parent.add_module(name, dropout)
         run.modules.append(dropout)
+        run.dropout_seeds.append(dropout.seed)
+
+
+def draw_dropout_seeds(run: Run) -> None:
+    """New seeds for the next micro-batch, from the generator that draws all other dropout."""
+    if run.dropout_seeds:
+        shape = (len(run.dropout_seeds), 2)
+        drawn = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=run.device)
+        # Copied at once, but not into parts of one tensor: parts lie at other places of it in every layer, and each
+        # place would be compiled for.
+        torch._foreach_copy_(run.dropout_seeds, drawn.unbind())
 
 
 def decoder_layers(run: Run) -> torch.nn.ModuleList:
