@@ -376,8 +376,7 @@ def sparsify(x: Tensor, h: int, all_reduce: AllReduce = one_process) -> Tensor:
     # history all features are +-1 and their sums small whole numbers, so most coordinates tie; then rounding, and with
     # it the number of ranks, would choose. 4096 steps lie far above rounding and tell apart the sums of 4096 such rows.
     steps = (magnitude * (4096 / magnitude.max().clamp_min(1e-30))).round().short()  # [D]
-    # A stable sort leaves ties in the order of their coordinates; `topk` leaves open which of two it takes. A GPU sorts
-    # 16 bits in two passes, faster than `topk` finds the largest of so many.
+    # A stable sort leaves ties in the order of their coordinates; `topk` leaves open which of two it takes.
     coordinates = steps.sort(descending=True, stable=True).indices[:h]  # [h]
     return x[:, coordinates].masked_fill(broken, math.nan)
 
