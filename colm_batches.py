@@ -213,6 +213,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     if window is not None and window >= longest:
         window = None  # no example is long enough to notice
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, d_head] each
+    if torch.compiler.is_compiling():  # the kernel before writes this order at once, and output and gradients follow it
+        q, k = q.contiguous(), k.contiguous()
     if scaling is None:
         scaling = q.shape[-1] ** -0.5  # the kernels' own default would count the columns that they are padded with
     half = v.dtype in (torch.bfloat16, torch.float16)
@@ -349,7 +351,9 @@ class LossKernels(NamedTuple):
     @staticmethod
     def compiled() -> LossKernels:
         no_limit = 1 << 30
-        return LossKernels(no_limit, torch.compile(_log_sum_exp), torch.compile(_scaled_softmax_))
+        # dynamic at once: else the first number of rows gets kernels of its own, and the second number all others
+        log_sum_exp = torch.compile(_log_sum_exp, dynamic=True)
+        return LossKernels(no_limit, log_sum_exp, torch.compile(_scaled_softmax_, dynamic=True))
 
 
 class TokenCrossEntropy(torch.autograd.Function):
@@ -361,7 +365,8 @@ class TokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, kernels: LossKernels) -> Tensor:
-        parts = [kernels.log_sum_exp(rows) for rows in logits.split(kernels.rows_at_once)]
+        # detached: or compiled kernels would tell logits that need a gradient from those that don't
+        parts = [kernels.log_sum_exp(rows) for rows in logits.detach().split(kernels.rows_at_once)]
         log_sum_exp = torch.cat(parts)  # [M]
         log_p = logits.gather(1, targets[:, None])[:, 0].to(log_sum_exp.dtype) - log_sum_exp  # [M]
         ctx.save_for_backward(logits, targets, log_sum_exp, log_p)

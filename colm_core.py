@@ -375,12 +375,9 @@ def sparsify(x: Tensor, h: int, all_reduce: AllReduce = one_process) -> Tensor:
     # DIFFERS 8: magnitudes within 1/4096 of the largest are ties, and ties go to the lowest coordinate. Without a
     # history all features are +-1 and their sums small whole numbers, so most coordinates tie; then rounding, and with
     # it the number of ranks, would choose. 4096 steps lie far above rounding and tell apart the sums of 4096 such rows.
-    steps = (magnitude * (4096 / magnitude.max().clamp_min(1e-30))).round().long()  # [D]
-    # One key for both orders, by steps and then by the lowest coordinate: `topk` itself leaves open which of two ties
-    # it takes.
-    dims = len(steps)
-    unique_keys = steps * dims - torch.arange(dims, device=x.device)  # [D]
-    coordinates = unique_keys.topk(h).indices  # [h]
+    steps = (magnitude * (4096 / magnitude.max().clamp_min(1e-30))).round().short()  # [D]
+    # A stable sort leaves ties in the order of their coordinates; `topk` leaves open which of two it takes.
+    coordinates = steps.sort(descending=True, stable=True).indices[:h]  # [h]
     return x[:, coordinates].masked_fill(broken, math.nan)
 
 

@@ -288,6 +288,7 @@ class Run:
     moments: AdamMoments
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
+    dropout_seeds: list[Tensor] = field(default_factory=list)  # of every HashedDropout, with --compile
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
     comm_bytes: int = 0  # what this rank gave to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
@@ -590,6 +591,7 @@ def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> T
     for positions, batch, last in run.micro_batches(run.train, pool, max_tokens, only=choice.index):
         # Ranks add up their gradients once, in the backward pass of the last micro-batch.
         synchronisation = nullcontext() if last else run.accelerator.no_sync(run.model)
+        draw_dropout_seeds(run)
         with synchronisation:
             with run.accelerator.autocast():
                 losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
@@ -1010,13 +1012,8 @@ def trained_precision(settings: str | Path | None) -> str:
 
 def add_lora(model, args, adapter: Path | str | None = None):
     """The model with --gradient_checkpointing and LoRA adapters: new ones as the flags ask, or those of a folder."""
-    if args.gradient_checkpointing:
-        try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()  # or no gradient would reach a checkpointed layer of a frozen base
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
     if not args.lora_r:
+        checkpoint_layers(model, args)
         return model
     import peft
 
@@ -1044,7 +1041,34 @@ def add_lora(model, args, adapter: Path | str | None = None):
             module.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the large activations
         if getattr(module, "lora_variant", None):
             raise UserError(f"--model {args.model}: DoRA and other variants of LoRA are not supported: give plain LoRA")
+    checkpoint_layers(model, args)  # now: of a checkpointed model PEFT would ask for input gradients while probing, too
     return model
+
+
+def checkpoint_layers(model, args) -> None:
+    """Switch --gradient_checkpointing on."""
+    if not args.gradient_checkpointing:
+        return
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # the hooks that this has set would act while probing, too
+        require_input_gradients(model)  # or no gradient would reach a checkpointed layer of a frozen base
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
+
+
+def require_input_gradients(model) -> None:
+    """Have embedded tokens ask for a gradient in training, also over a frozen base.
+
+    transformers' own hook asks while probing, too, which would be one more kind of input to compile for.
+    """
+
+    def ask(module, args, output):
+        if torch.is_grad_enabled() and not output.requires_grad:
+            return output.requires_grad_().clone()  # some models write into it, and nobody may write into a leaf
+        return None
+
+    model.get_input_embeddings().register_forward_hook(ask)
 
 
 def load_adapter(model, folder: Path | str):
@@ -1478,16 +1502,19 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
 
 def compile_layers(run: Run) -> None:
     """Compile the decoder layers and the loss. While it probes, the last layer runs as written."""
+    import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import inductor_prims
     from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils.checkpoint import CheckpointPolicy
 
     class SameDropout(CustomGraphPass):
         """Backward may compute a dropout mask again, but must not draw another one: seeds are saved.
 
-        With a memory budget PyTorch does draw another (seen in 2.13), and gradients are wrong without a warning.
+        With a memory budget PyTorch does draw another (seen in 2.13), and gradients are wrong without a warning. Most
+        dropout is `HashedDropout` here; models may call the function `dropout` as well.
         """
 
         def __call__(self, graph):
@@ -1502,9 +1529,68 @@ def compile_layers(run: Run) -> None:
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
+    # Numbers such as LoRA's scale are compiled in. As arguments they would have every graph traced twice.
+    torch._dynamo.config.specialize_float = True
     run.labelled_logits.kernels = LossKernels.compiled()
-    for layer in decoder_layers(run):
+    layers = decoder_layers(run)
+    hash_dropout(run, layers)
+    require_input_gradients(run.inner)  # or the first layer, whose input has none, would be compiled on its own
+    for layer in layers:
         layer.compile(dynamic=True)
+    run.accelerator.print(f"--compile: the first steps wait for the compiler, once: {cache_dir()} keeps what it makes")
+
+
+class HashedDropout(torch.nn.Module):
+    """Dropout for compiled layers: an element is dropped by a hash of its number and the seed.
+
+    Compiled, `torch.nn.Dropout` draws every element's number from Philox, which takes three times as long as reading
+    and writing the elements (H200). The hash below is short enough to hide behind these, and since the mask follows
+    from the seed, the backward pass may compute it again.
+    """
+
+    def __init__(self, p: float, device: torch.device):
+        super().__init__()
+        self.p = p
+        self.seed = torch.zeros(2, dtype=torch.int32, device=device)  # `draw_dropout_seeds` fills it
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        number = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+        # Products with large odd numbers, which wrap around, and shifts that drop the copies of the sign: MurmurHash3's
+        # last steps, behind one more product that lets the second half of the seed enter.
+        h = (number ^ self.seed[0]) * -0x61C88647 + self.seed[1]
+        h = h ^ ((h >> 16) & 0xFFFF)
+        h = h * -0x7A143595
+        h = h ^ ((h >> 13) & 0x7FFFF)
+        h = h * -0x3D4D51CB
+        h = h ^ ((h >> 16) & 0xFFFF)
+        dropped = (h & 0x7FFFFFFF) < round(self.p * 2**31)  # the lowest 31 bits as a number
+        return torch.where(dropped, 0.0, x / (1 - self.p))
+
+
+def hash_dropout(run: Run, layers: torch.nn.ModuleList) -> None:
+    """Put `HashedDropout` in the place of all dropout modules of the layers."""
+    found = []
+    for parent in layers.modules():
+        for name, module in parent.named_children():
+            if type(module) is torch.nn.Dropout and module.p > 0:
+                found.append((parent, name, module.p))
+    for parent, name, p in found:
+        dropout = HashedDropout(p, run.device)
+        parent.add_module(name, dropout)
+        run.modules.append(dropout)
+        run.dropout_seeds.append(dropout.seed)
+
+
+def draw_dropout_seeds(run: Run) -> None:
+    """New seeds for the next micro-batch, from the generator that draws all other dropout."""
+    if run.dropout_seeds:
+        shape = (len(run.dropout_seeds), 2)
+        drawn = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=run.device)
+        # Copied at once, but not into parts of one tensor: parts lie at other places of it in every layer, and each
+        # place would be compiled for.
+        torch._foreach_copy_(run.dropout_seeds, drawn.unbind())
 
 
 def decoder_layers(run: Run) -> torch.nn.ModuleList:

@@ -33,7 +33,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import colm_data
 import train_colm
-from colm_batches import micro_batch_losses, pack
+from colm_batches import collate, micro_batch_losses, pack
 from colm_data import TokenizedRows
 
 SHAPES = {
@@ -265,15 +265,62 @@ def report(records: dict[str, list[dict]], rate: float) -> dict:  # rate: of all
     return {"medians": medians, "ratios": ratios}
 
 
+def host_time(run: train_colm.Run) -> float:
+    """Seconds of a training micro-batch of 128 tokens: a GPU is done at once, the rest is the host starting kernels.
+
+    Where a micro-batch of the run's own size takes no longer, the host sets the pace: larger ones cost it nothing.
+    """
+    examples = [(torch.arange(120, dtype=torch.int32), second_half(120))]
+    batch = (pack(examples, run.args.max_length) if run.args.packing else collate(examples)).to(run.device)
+    run.set_training(True)
+
+    def forward_and_backward() -> None:
+        with run.accelerator.autocast():
+            loss = micro_batch_losses(run.inner, run.labelled_logits, batch).sum()
+        loss.backward()
+
+    seconds = [timed(forward_and_backward, run.device) for _ in range(8)]
+    run.optimizer.zero_grad(set_to_none=True)
+    return statistics.median(seconds[3:])
+
+
+def kernel_family(kernel: str, shapes: list, run: train_colm.Run) -> str:
+    """What a kernel of a step belongs to, by its name and the shapes of the operator that started it."""
+    name = kernel.lower()
+    if "flash" in name or "fmha" in name or "attention" in name:
+        return "attention"
+    if name.startswith("triton"):
+        return "compiled: norms, activations, dropout, casts, sums"
+    if name.startswith(("memcpy", "memset")):
+        return "copies and fills"
+    if "multi_tensor" in name:
+        return "clipping and AdamW"
+    if not any(word in name for word in ("gemm", "nvjet", "cutlass", "xmma", "splitk")):
+        return "operators as written: last layer of the probe, selection, loss"
+    sizes = {size for shape in shapes for size in shape or [] if isinstance(size, int)}
+    if run.inner.get_output_embeddings().weight.shape[0] in sizes:
+        return "products of the output embedding"
+    if run.args.lora_r in sizes:
+        return "products of LoRA"
+    return "products of the base"
+
+
 def profile(run: train_colm.Run, mode: str) -> None:
-    """Print the kernels (or CPU operators) of one step."""
+    """Print the kernels (or CPU operators) of one step, and on a GPU their time by families."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         one_step(run, mode, train_colm.draw_pool(len(run.train), 256, 0, 0), 0)
     sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=70))
+    families: dict[str, list[float]] = {}  # milliseconds of each kernel
+    for operator in profiler.events():
+        for kernel in operator.kernels:
+            family = kernel_family(kernel.name, operator.input_shapes or [], run)
+            families.setdefault(family, []).append(kernel.duration / 1e3)
+    for family, times in sorted(families.items(), key=lambda item: -sum(item[1])):
+        print(f"{family:<65} {sum(times):8.1f} ms {len(times):7} kernels")
 
 
 def main() -> None:
@@ -296,6 +343,9 @@ def main() -> None:
     about |= {"matrix_tflops": rate / 1e12}
     print(f"{about | versions}")
     records = measure(run, own.modes, own.repeats)
+    if run.device.type == "cuda":
+        about["host_s"] = host_time(run)
+        print(f"a training micro-batch of 128 tokens takes {about['host_s'] * 1e3:.1f} ms: no larger one takes less")
     result = about | {"versions": versions} | report(records, rate * run.ranks) | {"records": records}
     if run.accelerator.is_main_process:
         Path(own.output).write_text(json.dumps(result, indent=1))
