@@ -1398,8 +1398,11 @@ def load_tokenizer(args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the hub, the tokenizers library and remote code each raise their own kinds
+        problem = "no tokenizer could be loaded"
+        if not Path(source).exists():
+            problem = "there is no such folder, and from the hub no tokenizer could be loaded"
         raise UserError(
-            f"--model {source}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}): "
+            f"--model {source}: {problem} ({' '.join(str(error).split())[:160]}): "
             "give a folder with config.json and a tokenizer, or a reachable hub id"
         ) from None
     if tokenizer.eos_token_id is None:

@@ -1163,9 +1163,12 @@ def default_targets(model) -> list[str]:
 
 def lora_targets(model, wanted: list[str] | None) -> tuple[list[str], str | None]:
     """PEFT's target_modules and exclude_modules for --lora_target_modules; every name must stand for a module."""
-    if wanted == ["all-linear"]:
-        return linear_modules(model), None
-    targets = wanted or default_targets(model)
+    targets = []
+    for name in wanted or default_targets(model):
+        if name == "all-linear":
+            targets += linear_modules(model)
+        else:
+            targets.append(name)
     names = [name for name, _ in model.named_modules()]
     outside = False
     for target in targets:

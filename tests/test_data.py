@@ -1305,7 +1305,7 @@ def test_a_bad_yaml_file_is_refused(refused, tmp_path, text, words):
         ("--probe exact", ["--probe", "'exact'", "grad"]),
         ("--train_file no/such.json", ["no/such.json does not exist", ".jsonl"]),
         ("--eval_file no/such.json", ["no/such.json does not exist", ".jsonl"]),
-        ("--model no/such/folder", ["--model no/such/folder", "config.json"]),
+        ("--model no/such/folder", ["--model no/such/folder: there is no such folder", "config.json"]),
         ("--resume no/such/checkpoint", ["--resume no/such/checkpoint", "auto"]),
         ("--config no.yaml", ["--config no.yaml"]),
         ("--pool_size 2000", ["--pool_size 2000 exceeds the 1500 usable rows", "lower it to 1500"]),

@@ -369,6 +369,7 @@ def test_towers_for_images_and_sound_get_no_adapters():
     assert targets(with_tower("llama", audio_tower=tower), "q_proj") == {"self_attn.q_proj"}
     everything = expected | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert targets(with_tower("llama", vision_tower=tower), "all-linear") == everything
+    assert targets(make_model("llama"), "all-linear", "lm_head") == everything | {"model.lm_head"}
     with pytest.raises(UserError, match="--lora_target_modules own is only in vision_tower.own.*choose from q_proj"):
         targets(with_tower("llama", vision_tower=tower), "q_proj", "own")
 
