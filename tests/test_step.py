@@ -88,7 +88,7 @@ SHAPING = [  # flags that shape the result: the base of the run, and what is add
     ("spsa", "--direction run"),
     ("spsa", "--spsa_eps 3"),  # far from a derivative: the difference itself must be the formula's
     ("spsa", "--probe_module k_proj"),
-    ("spsa", "--probe grad"),
+    ("spsa", "--probe grad --num_directions 1"),
     ("spsa", "--seed 5 --lora_r 3"),
     ("spsa", "--max_steps 6"),
     ("grad", "--similarity l2"),
