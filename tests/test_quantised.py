@@ -155,6 +155,8 @@ def test_in_bf16_spsa_runs_in_wider_precision_and_attention_in_bf16(inputs, shar
     args = train_colm.parse_args(flags(inputs, inputs / "unused"))
     base = train_colm.load_base(args.model, args, torch.bfloat16, sharded)
     assert base.model.layers[0].mlp.up_proj.weight.dtype == (torch.bfloat16 if sharded else torch.uint8)
+    # Where autocast gives a layer float32, as behind the norms of a GPU, it computes and answers in bf16 all the same.
+    assert base.model.layers[0].mlp.up_proj(torch.randn(1, 3, HIDDEN)).dtype == torch.bfloat16
     model = train_colm.add_lora(base, args).eval()
     seen = []
     original = torch.nn.functional.scaled_dot_product_attention
@@ -209,11 +211,16 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_is_evaluated_on_4_bits(inputs
         logits[precision] = model(input_ids=batch()["input_ids"]).logits
         layer = model.model.layers[0].self_attn.q_proj
         assert hasattr(layer, "lora_A") == (precision == "nf4")  # merged only where that is exact
+    args.base_precision, args.dtype = "nf4", "bfloat16"
+    model, _, _ = eval_math.load(args, torch.device("cpu"))
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    in_bf16 = model(input_ids=batch()["input_ids"]).logits
     trained = train_colm.parse_args(flags(inputs, tmp_path / "unused", "--base_precision nf4", final))
     base = train_colm.load_base(str(inputs / "model"), trained, torch.float32)
     model = train_colm.add_lora(base, trained, final).eval()
     expected = model(input_ids=batch()["input_ids"]).logits
     assert torch.equal(logits["nf4"], expected)
+    assert torch.allclose(in_bf16.float(), expected, rtol=0.05, atol=0.1)
     assert not torch.allclose(logits["compute"], expected, rtol=1e-2)
 
 
