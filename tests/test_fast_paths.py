@@ -135,9 +135,12 @@ def test_hashed_dropout_is_as_good_as_a_drawn_one(p, seed):
     mask = dropped(p, seed)
     assert torch.equal(mask, dropped(p, seed))
     other = dropped(p, (seed[0], seed[1] ^ 4))
+    another = dropped(p, (seed[0] ^ 4, seed[1]))
     unit = (mask.double() - p) / (p * (1 - p)) ** 0.5  # mean 0 and variance 1, were it drawn
     n = mask.numel()
-    sums = {"share": unit.sum(), "other seed": (unit * (other.double() - p) / (p * (1 - p)) ** 0.5).sum()}
+    sums = {"share": unit.sum()}
+    for name, mask_of in (("other seed", other), ("another seed", another)):
+        sums[name] = (unit * (mask_of.double() - p) / (p * (1 - p)) ** 0.5).sum()
     for lag in (1, 2, 64, 640, 641):  # neighbours in a row, in a column, and across
         sums[f"lag {lag}"] = (unit.flatten()[lag:] * unit.flatten()[:-lag]).sum()
     for name, value in sums.items():
@@ -168,7 +171,9 @@ def test_compiled_layers_drop_by_hash_and_draw_new_seeds_for_every_micro_batch(t
     assert len(different.unique(dim=0)) == len(different)  # every module, micro-batch and step has seeds of its own
     run.set_training(False)
     x = torch.randn(3, 128)
-    assert all(module(x) is x for module in run.modules if isinstance(module, train_colm.HashedDropout))
+    hashed = [module for module in run.model.modules() if isinstance(module, train_colm.HashedDropout)]
+    assert len(hashed) == len(run.dropout_seeds) > 0
+    assert all(module(x) is x for module in hashed)
 
 
 def test_set_training_does_what_train_does(tmp_path):
