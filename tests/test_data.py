@@ -1571,3 +1571,12 @@ def test_a_source_of_copies_alone_is_no_source(demo_tokenizer, tmp_path, capsys)
         train_colm.load_data(parse_args([*flags, "--pool_size=2", "--keep_sources=b"]), demo_tokenizer, show=False)
     with pytest.raises(colm_data.UserError, match="exceeds the 13 usable rows .* 4 are copies"):
         train_colm.load_data(parse_args([*flags, "--pool_size", "14"]), demo_tokenizer, show=False)
+
+
+def test_rows_of_the_same_tokens_that_supervise_others_are_no_copies(demo_tokenizer):
+    rows = colm_data.demo_rows("train")[:1] * 3
+    args = parse_args(["--pool_size", "2", "--coreset_size", "1"])
+    data = colm_data.tokenize(rows, ["row"] * 3, demo_tokenizer, args, [], False)
+    assert data.without_copies().numbers.tolist() == [0]
+    data.supervised[data.offsets[2] - 1] = False  # the last token of the second row
+    assert data.without_copies().numbers.tolist() == [0, 1]
