@@ -52,6 +52,11 @@ class UserError(Exception):
     """Something the user can fix: one line with the value, the rule and the remedy; exit code 2."""
 
 
+def one_line(error: Exception) -> str:
+    """An exception's kind and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
 # ---------------------------------------------------------------------------------------------------------- flags
 
 
@@ -273,8 +278,7 @@ def parquet_rows(path: str) -> Iterator[tuple[dict, str]]:
                 number += 1
                 yield row, f"{path} row {number}"
     except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} can't be read as Parquet ({reason}): give a whole .parquet file") from None
+        raise UserError(f"{path} can't be read as Parquet ({one_line(error)}): give a whole .parquet file") from None
 
 
 @lru_cache(maxsize=4)  # asked for its content's key, then for its rows
@@ -294,8 +298,7 @@ def hub_dataset(path: str):
     try:
         return load_dataset(name, *parts, split=split, streaming=streaming)
     except Exception as error:  # the hub's errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: {reason}: give a file or a reachable dataset id") from None
+        raise UserError(f"{path}: {one_line(error)}: give a file or a reachable dataset id") from None
 
 
 def hub_rows(path: str) -> Iterator[tuple[dict, str]]:
@@ -610,7 +613,7 @@ class ChatTemplate:
                 messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # templates raise what their authors chose, such as "roles must alternate"
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise UserError(f"{place}: the chat template refuses these messages ({reason}): fix the row") from None
 
     @cached_property
@@ -1402,7 +1405,7 @@ def load_tokenizer(args):
         if not Path(source).exists():
             problem = "there is no such folder, and from the hub no tokenizer could be loaded"
         raise UserError(
-            f"--model {source}: {problem} ({' '.join(str(error).split())[:160]}): "
+            f"--model {source}: {problem} ({one_line(error)}): "
             "give a folder with config.json and a tokenizer, or a reachable hub id"
         ) from None
     if tokenizer.eos_token_id is None:

@@ -75,6 +75,7 @@ from colm_data import (
     chat_prompt,
     hush_libraries,
     load_tokenizer,
+    one_line,
     prompt_and_completion,
     prompt_ids,
     read_rows,
@@ -139,11 +140,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=1024)
     add("--max_tokens_per_batch", type=int, default=65536, help="prompt and new tokens in the KV cache, with padding")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU")
-    add(
-        "--base_precision",
-        choices=BASE_PRECISIONS,
-        help="nf4: base weights in 4 bits; default: as trained",
-    )
+    add("--base_precision", choices=BASE_PRECISIONS, help="nf4: base weights in 4 bits; default: as trained")
     args = parser.parse_args(argv)
     for name in ("max_rows", "program_seconds", "max_new_tokens", "max_tokens_per_batch"):
         value = getattr(args, name)
@@ -242,8 +239,8 @@ def fetch(name: str, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
         try:
             part = list(load_dataset(path, config, split=split))
         except Exception as error:  # the hub's errors have no common class
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{path}: {reason}: reach the hub, or give --data_dir with {FILES[name]}") from None
+            remedy = f"reach the hub, or give --data_dir with {FILES[name]}"
+            raise UserError(f"{path}: {one_line(error)}: {remedy}") from None
         rows += part
         places += places_of(f"{path}:{config}:{split}", part)
     return rows, places
@@ -1367,7 +1364,7 @@ def load(args: argparse.Namespace, device: torch.device):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, adapters and remote code each raise their own kinds
-        raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:160]}: {remedy}") from None
+        raise UserError(f"--model {args.model}: {one_line(error)}: {remedy}") from None
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not window or window < 0:  # without positions of its own, or -1: no limit
         window = 2**31
@@ -1465,8 +1462,10 @@ def score(rows: list[Row], records: dict, strict: bool) -> None:
 
 def wilson(right: int, count: int, z: float = 1.959964) -> list[float]:
     """95 % interval of a proportion, in per cent (Wilson, 1927)."""
-    centre, width = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
-    low, high = (centre - width) / (count + z * z), (centre + width) / (count + z * z)
+    centre = right + z * z / 2
+    half_width = z * math.sqrt(right * (count - right) / count + z * z / 4)
+    low = (centre - half_width) / (count + z * z)
+    high = (centre + half_width) / (count + z * z)
     return [round(100 * low, 2), round(100 * high, 2)]
 
 

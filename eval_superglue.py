@@ -61,7 +61,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 
-from colm_data import Parser, UserError, hush_libraries, prompt_ids, read_rows, start_tokens
+from colm_data import Parser, UserError, hush_libraries, one_line, prompt_ids, read_rows, start_tokens
 from eval_math import find_file, load, out_of_memory, trained_on_chats, wilson
 from train_colm import BASE_PRECISIONS, trained_precision
 
@@ -311,7 +311,7 @@ def read_hub(task: str, where: str) -> tuple[list[dict], list[str]]:
             rows.append(row)
             places.append(f"{where} row {number}")
     except Exception as error:  # the hub's errors have no common class
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{task}: {where} can't be read from the hub ({reason}): give {task}=FILE") from None
     return rows, places
 
@@ -1065,11 +1065,7 @@ def build_parser() -> Parser:
     add("--max_new_tokens", type=positive, default=50, help="of an answer to SQuAD and DROP")
     add("--max_tokens_per_batch", type=positive, default=16384, help="padding included")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU")
-    add(
-        "--base_precision",
-        choices=BASE_PRECISIONS,
-        help="nf4: base weights in 4 bits; default: as trained",
-    )
+    add("--base_precision", choices=BASE_PRECISIONS, help="nf4: base weights in 4 bits; default: as trained")
     return parser
 
 

@@ -93,6 +93,7 @@ from colm_data import (
     hush_libraries,
     load_tokenizer,
     load_tokens,
+    one_line,
     remove,
     replacing,
     tokenize,
@@ -921,11 +922,6 @@ def demo_model(args, tokenizer):
     model = AutoModelForCausalLM.from_config(config)
     model.name_or_path = str(Path(args.output_dir).absolute() / "base")
     return model
-
-
-def one_line(error: Exception) -> str:
-    """An exception's kind and the beginning of its message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
 
 
 def is_compiler_error(error: Exception) -> bool:
@@ -1856,8 +1852,8 @@ def on_main(run: Run, action, what: str) -> None:
         except UserError as error:
             problem = str(error)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            reason = " ".join(str(error).split())[:160]
-            problem = f"the {what} could not be written ({reason}): {remedy(Path(run.args.output_dir), error)}"
+            what_to_do = remedy(Path(run.args.output_dir), error)
+            problem = f"the {what} could not be written ({one_line(error)}): {what_to_do}"
     if run.all_reduce(torch.tensor(float(problem is not None), device=run.device)):
         raise UserError(problem or f"the main process could not write the {what}")
 

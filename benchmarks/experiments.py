@@ -139,14 +139,8 @@ HASHES, BAND = 128, 4  # MinHash values of a row; as many as a band has must agr
 
 
 def without_copies(data: TokenizedRows) -> list[int]:
-    """Rows to train on: each row is dropped whose tokens are those of a row before it."""
-    seen, kept = set(), []
-    for i in range(len(data)):
-        tokens = data.example(i).ids.numpy().tobytes()
-        if tokens not in seen:
-            seen.add(tokens)
-            kept.append(i)
-    return kept
+    """Rows to train on, as --drop_copies leaves them: `spoil` numbers its rows from 0."""
+    return data.without_copies().numbers.tolist()
 
 
 def shingles(data: TokenizedRows, n: int) -> tuple[numpy.ndarray, list[int]]:
