@@ -878,9 +878,9 @@ def load_base(base: str | Path, args, dtype: torch.dtype, sharded: bool = False)
     if getattr(model, "is_loaded_in_4bit", False):
         compute_in(model, dtype)
         packed = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model))
-        whole = sum(p.numel() for p in model.parameters() if type(p) is torch.nn.Parameter)
-        if packed < whole:
-            share = packed / (packed + whole)
+        unpacked = sum(p.numel() for p in model.parameters() if type(p) is torch.nn.Parameter)
+        if packed < unpacked:  # as in mixtures of experts
+            share = packed / (packed + unpacked)
             say(f"only {share:.0%} of the weights take 4 bits: bitsandbytes packs nothing but linear layers")
     return model
 

@@ -14,7 +14,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
@@ -367,3 +367,19 @@ def test_libraries_do_not_warn_about_one_another(inputs, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr and "Failed to load" not in done.stderr
+
+
+def test_a_model_of_which_little_takes_4_bits_is_told(tmp_path, capsys):
+    """The experts of a mixture are no linear layers."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=TOKENS, **sizes, **experts)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    args = train_colm.parse_args(["--model", str(tmp_path), "--base_precision", "nf4"])
+    base = train_colm.load_base(args.model, args, torch.float32)
+    packed = 0
+    for name, p in model.named_parameters():
+        if base.get_parameter(name).dtype == torch.uint8:
+            packed += p.numel()
+    assert f"only {packed / model.num_parameters():.0%} of the weights take 4 bits" in capsys.readouterr().out
