@@ -826,7 +826,6 @@ def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> lis
 
 
 TOO_FAR = 0.1  # half precision moves the exact derivative by up to 0.05
-CLOSE = 0.01  # float32's differences depart by 1e-4 to 1e-3, those of half precision by 0.1 and more
 FLIPS = (
     "V reaches a top-k choice (of experts): a perturbation flips choices, and SPSA's differences measure these jumps "
     "more than the derivative: use --probe grad"
@@ -871,8 +870,6 @@ def _try_both_probes(model: nn.Module, found: VProjection, batch: Mapping[str, T
         return _try_both_probes(model, found._replace(before=0), batch)
     if singly is None:
         return found._replace(cautions=(FAILS.format(problem=problem),))
-    if not wide and departs < CLOSE:
-        cautions = []  # in float32 the differences say enough
     if choices.depend_on_v:
         cautions.append(FLIPS)
     elif wide and departs > TOO_FAR:
@@ -996,10 +993,9 @@ class _Wider(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if self.suspended or "out" in kwargs:
             return func(*args, **kwargs)
-        if _reads_packed_bits(func, args):
-            if self.dtype == torch.float64:
-                raise TypeError("no kernel multiplies 4-bit weights in float64")
-            return func(*args, **kwargs)  # activations are wide already; bits and their scales stay as they are
+        if _reads_packed_bits(func, args):  # activations are wide already; bits and their scales stay as they are
+            args, kwargs = _map_tensors(_at_most_float32, (args, kwargs))
+            return func(*args, **kwargs)
         if name == "__get__":  # an attribute: only x.dtype matters, and nothing need be copied for it
             value = func(*args)
             return self.widened(value) if func == Tensor.dtype.__get__ else value
@@ -1028,6 +1024,11 @@ def _reads_packed_bits(func: Callable, args: tuple) -> bool:
     if getattr(func, "namespace", "") == "bitsandbytes":
         return True
     return any(type(x).__name__ == "Params4bit" for x in _tensors(args))
+
+
+def _at_most_float32(x: Tensor) -> Tensor:
+    """No kernel multiplies 4-bit weights in float64."""
+    return x.float() if x.dtype == torch.float64 else x
 
 
 def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor, **_) -> Tensor:

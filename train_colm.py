@@ -194,14 +194,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def flags_given(argv: list[str]) -> set[str]:
     """Names of the flags that stand in `argv`, rather than having their default."""
     parser = build_parser()
-    names = vars(parser.parse_args([]))
-    absent = object()  # a default that no flag can have as its value
-    parser.set_defaults(**dict.fromkeys(names, absent))
-    given = set()
-    for name, value in vars(parser.parse_args(argv)).items():
-        if value is not absent:
-            given.add(name)
-    return given
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -240,8 +235,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
-    if args.base_precision == "nf4" and not args.lora_r:
-        raise UserError("--base_precision nf4 keeps weights that are not trained, and --lora_r 0 trains all: drop one")
     if args.base_precision == "nf4" and args.model is None:
         raise UserError("--base_precision nf4 has no effect on the demo, whose weights are random: give a --model")
     optional = {"nf4": "bitsandbytes", "png": "matplotlib", "tensorboard": "tensorboard", "wandb": "wandb"}
@@ -289,7 +282,6 @@ class Run:
     moments: AdamMoments
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
-    dropout_seeds: list[Tensor] = field(default_factory=list)  # of every HashedDropout, with --compile
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
     comm_bytes: int = 0  # what this rank gave to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
@@ -592,7 +584,6 @@ def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> T
     for positions, batch, last in run.micro_batches(run.train, pool, max_tokens, only=choice.index):
         # Ranks add up their gradients once, in the backward pass of the last micro-batch.
         synchronisation = nullcontext() if last else run.accelerator.no_sync(run.model)
-        draw_dropout_seeds(run)
         with synchronisation:
             with run.accelerator.autocast():
                 losses = micro_batch_losses(run.model, run.labelled_logits, batch)[0]  # [B]
@@ -828,9 +819,8 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     # of 2e-5 lie below bf16's rounding.
     half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
     dtype = torch.bfloat16 if half else torch.float32
-    sharded = accelerator.distributed_type == DistributedType.FSDP
     try:
-        model = load_base(base, args, dtype, sharded)
+        model = load_base(base, args, dtype)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, quantisers without their package and remote code raise many kinds
@@ -844,69 +834,59 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     return add_lora(model, args, adapter)
 
 
-def load_base(base: str | Path, args, dtype: torch.dtype, sharded: bool = False):
+def load_base(base: str | Path, args, dtype: torch.dtype):
     """A causal LM that computes in `dtype`, its linear layers in 4 bits if --base_precision is nf4.
 
     nf4 is QLoRA's format (Dettmers et al. 2023): NormalFloat4, a scale for each 64 weights, and the scales in 8 bits.
-    With `sharded`, the bits are stored as numbers of type `dtype`: FSDP2 shares out nothing but floating point.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    remote = {"trust_remote_code": args.trust_remote_code}
-    options = {}
+    options = {"trust_remote_code": args.trust_remote_code}
     if args.base_precision == "nf4":
-        before = getattr(AutoConfig.from_pretrained(base, **remote), "quantization_config", None)
-        if before:
-            method = before.get("quant_method", "an unnamed method")
-            raise UserError(
-                f"--base_precision nf4: {base} is quantised already, by {method}: use --base_precision compute"
-            )
-        storage = dtype if sharded else torch.uint8
+        if getattr(AutoConfig.from_pretrained(base, **options), "quantization_config", None):
+            raise UserError(f"--base_precision nf4: {base} is quantised already: use --base_precision compute")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=storage,
+            bnb_4bit_quant_storage=dtype,  # the bits as if they were such numbers: FSDP2 shares out no integers
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **remote, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
     except ImportError as error:  # of the package that reads the weights of a quantised model, or of remote code
         raise UserError(f"--model {base}: {one_line(error)}: install it, or give another model") from None
     if getattr(model, "is_loaded_in_8bit", False):
         raise UserError(f"{base} has 8-bit layers of bitsandbytes, which are not supported: give other weights of it")
     if getattr(model, "is_loaded_in_4bit", False):
         compute_in(model, dtype)
-        packed = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model))
-        unpacked = sum(p.numel() for p in model.parameters() if type(p) is torch.nn.Parameter)
-        if packed < unpacked:  # as in mixtures of experts
-            share = packed / (packed + unpacked)
-            say(f"only {share:.0%} of the weights take 4 bits: bitsandbytes packs nothing but linear layers")
     return model
-
-
-def four_bit_layers(model) -> list[torch.nn.Module]:
-    """The layers of bitsandbytes in a model that it quantised to 4 bits."""
-    return [module for module in model.modules() if hasattr(module, "compute_type_is_set")]
 
 
 def compute_in(model, dtype: torch.dtype) -> None:
     """Have a 4-bit model of bitsandbytes compute in `dtype`, whatever its checkpoint's settings and weights say."""
+    from bitsandbytes.nn import Linear4bit
+
     for p in model.parameters():
         if type(p) is torch.nn.Parameter and p.dtype in (torch.float16, torch.bfloat16):  # packed ones are Params4bit
             p.data = p.data.to(dtype)
 
-    def cast_input(module, args):
+    def cast_input(layer, args):
         # Autocast leaves norms in float32 and knows nothing of these layers, whose output has the type of the input:
         # attention would run in float32.
         return (args[0].to(dtype), *args[1:])
 
-    for layer in four_bit_layers(model):
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
-        layer.weight.quant_state.dtype = dtype  # of the weights in the backward pass
-        layer.register_forward_pre_hook(cast_input)
-        # On some CPUs the first evaluation would change to a bf16 kernel that has no backward pass.
-        layer.support_avx512bf16_for_cpu = False
+    packed = 0
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            layer.weight.quant_state.dtype = dtype  # of the weights in the backward pass
+            layer.register_forward_pre_hook(cast_input)
+            # On some CPUs the first evaluation would change to a bf16 kernel that has no backward pass.
+            layer.support_avx512bf16_for_cpu = False
+            packed += layer.weight.quant_state.shape.numel()
+    share = packed / model.num_parameters()
+    if share < 0.5:  # as in mixtures of experts
+        say(f"only {share:.0%} of the weights take 4 bits: bitsandbytes packs nothing but linear layers")
 
 
 def demo_model(args, tokenizer):
@@ -987,29 +967,23 @@ def noted(path: str | Path | None) -> dict:
     if path is None or not Path(path).is_file():
         return {}
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problem = one_line(error)
-    else:
-        if isinstance(content, dict):
-            return content
-        problem = "it holds no settings"
-    raise UserError(f"{path} can't be read ({problem}): copy it again, or remove it and give the flags that it held")
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        remedy = "copy it again, or remove it and give the flags that it held"
+        raise UserError(f"{path} can't be read ({one_line(error)}): {remedy}") from None
 
 
 def trained_precision(settings: str | Path | None) -> str:
     """The --base_precision that an adapter was trained with, from the settings.json beside it."""
     precision = noted(settings).get("base_precision", "compute")
     if precision not in BASE_PRECISIONS:
-        choices = " or ".join(BASE_PRECISIONS)
-        raise UserError(f"{settings} says base_precision {precision}: choose {choices} with --base_precision")
+        raise UserError(f"{settings} says base_precision {precision}: choose one with --base_precision")
     return precision
 
 
 def add_lora(model, args, adapter: Path | str | None = None):
-    """The model with --gradient_checkpointing and LoRA adapters: new ones as the flags ask, or those of a folder."""
+    """The model with LoRA adapters, unless --lora_r is 0: new ones as the flags ask, or those of a folder."""
     if not args.lora_r:
-        checkpoint_layers(model, args)
         return model
     import peft
 
@@ -1037,34 +1011,7 @@ def add_lora(model, args, adapter: Path | str | None = None):
             module.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the large activations
         if getattr(module, "lora_variant", None):
             raise UserError(f"--model {args.model}: DoRA and other variants of LoRA are not supported: give plain LoRA")
-    checkpoint_layers(model, args)  # now: of a checkpointed model PEFT would ask for input gradients while probing, too
     return model
-
-
-def checkpoint_layers(model, args) -> None:
-    """Switch --gradient_checkpointing on."""
-    if not args.gradient_checkpointing:
-        return
-    try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # the hooks that this has set would act while probing, too
-        require_input_gradients(model)  # or no gradient would reach a checkpointed layer of a frozen base
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
-
-
-def require_input_gradients(model) -> None:
-    """Have embedded tokens ask for a gradient in training, also over a frozen base.
-
-    transformers' own hook asks while probing, too, which would be one more kind of input to compile for.
-    """
-
-    def ask(module, args, output):
-        if torch.is_grad_enabled() and not output.requires_grad:
-            return output.requires_grad_().clone()  # some models write into it, and nobody may write into a leaf
-        return None
-
-    model.get_input_embeddings().register_forward_hook(ask)
 
 
 def load_adapter(model, folder: Path | str):
@@ -1457,6 +1404,13 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     found = find_projection(args, accelerator, model)  # before the model is wrapped: FSDP2 would share the weights out
     data = [train] if held_out is None else [train, held_out]
     check_fits(args, model, tokenizer, data)
+    if args.gradient_checkpointing:
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"--gradient_checkpointing: {one_line(error)}: drop the flag") from None
+    if args.gradient_checkpointing or args.compile:
+        require_input_gradients(model)
 
     # FSDP2 puts parameters of its own in the place of these: `prepare` hands them to the optimizer, and they are
     # collected again below.
@@ -1499,32 +1453,31 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     return run
 
 
+def require_input_gradients(model) -> None:
+    """Have embedded tokens ask for a gradient in training, although the base is frozen.
+
+    Without it no gradient would reach a checkpointed layer, and the first layer would be compiled on its own.
+    """
+
+    def ask(module, args, output):
+        if torch.is_grad_enabled() and not output.requires_grad:
+            return output.requires_grad_().clone()  # some models write into it, and nobody may write into a leaf
+        return None
+
+    model.disable_input_require_grads()  # transformers' own hook asks while probing, too: one more graph to compile
+    model.get_input_embeddings().register_forward_hook(ask)
+
+
 def compile_layers(run: Run) -> None:
     """Compile the decoder layers and the loss. While it probes, the last layer runs as written."""
     import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
-    from torch._inductor import inductor_prims
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-    from torch.utils.checkpoint import CheckpointPolicy
 
-    class SameDropout(CustomGraphPass):
-        """Backward may compute a dropout mask again, but must not draw another one: seeds are saved.
-
-        With a memory budget PyTorch does draw another (seen in 2.13), and gradients are wrong without a warning. Most
-        dropout is `HashedDropout` here; models may call the function `dropout` as well.
-        """
-
-        def __call__(self, graph):
-            for node in graph.nodes:
-                if node.target in (inductor_prims.seed, inductor_prims.seeds):
-                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-        def uuid(self):
-            return "dropout seeds are saved"
-
-    torch._inductor.config.joint_custom_post_pass = SameDropout()
+    # Dropout that is no module (`HashedDropout` replaces those that are) is drawn by PyTorch's own kernels, and its
+    # masks are kept. The compiler's would be drawn again in backward, others than in forward, where a memory budget has
+    # them computed again (seen in 2.11 and 2.13): gradients would be wrong without a warning.
+    torch._inductor.config.fallback_random = True
     # 0.5: norms, activations and dropout are computed again in backward, half the memory for 3 % of the time. Beside
     # checkpointing, which runs whole layers again, nothing is left to save; a budget near 0 instead took more memory.
     torch._functorch.config.activation_memory_budget = 1.0 if run.args.gradient_checkpointing else 0.5
@@ -1533,32 +1486,29 @@ def compile_layers(run: Run) -> None:
     run.labelled_logits.kernels = LossKernels.compiled()
     layers = decoder_layers(run)
     hash_dropout(run, layers)
-    require_input_gradients(run.inner)  # or the first layer, whose input has none, would be compiled on its own
     for layer in layers:
         layer.compile(dynamic=True)
-    run.accelerator.print(f"--compile: the first steps wait for the compiler, once: {cache_dir()} keeps what it makes")
+    run.accelerator.print("--compile: the first steps wait for the compiler; TORCHINDUCTOR_CACHE_DIR keeps its work")
 
 
-class HashedDropout(torch.nn.Module):
-    """Dropout for compiled layers: an element is dropped by a hash of its number and the seed.
+class HashedDropout(torch.nn.Dropout):
+    """Dropout for compiled layers: an element is dropped by a hash of its number and two seeds.
 
     Compiled, `torch.nn.Dropout` draws every element's number from Philox, which takes three times as long as reading
     and writing the elements (H200). The hash below is short enough to hide behind these, and since the mask follows
-    from the seed, the backward pass may compute it again.
+    from the seeds, the backward pass may compute it again.
     """
 
-    def __init__(self, p: float, device: torch.device):
-        super().__init__()
-        self.p = p
-        self.seed = torch.zeros(2, dtype=torch.int32, device=device)  # `draw_dropout_seeds` fills it
+    seed: Tensor  # [2] int32, of the micro-batch: one tensor for all modules
+    own_seed: Tensor  # [2] int32, of this module
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         number = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
         # Products with large odd numbers, which wrap around, and shifts that drop the copies of the sign: MurmurHash3's
-        # last steps, behind one more product that lets the second half of the seed enter.
-        h = (number ^ self.seed[0]) * -0x61C88647 + self.seed[1]
+        # last steps, behind one more product that lets the second half of the seeds enter.
+        h = (number ^ self.seed[0] ^ self.own_seed[0]) * -0x61C88647 + (self.seed[1] ^ self.own_seed[1])
         h = h ^ ((h >> 16) & 0xFFFF)
         h = h * -0x7A143595
         h = h ^ ((h >> 13) & 0x7FFFF)
@@ -1569,27 +1519,20 @@ class HashedDropout(torch.nn.Module):
 
 
 def hash_dropout(run: Run, layers: torch.nn.ModuleList) -> None:
-    """Put `HashedDropout` in the place of all dropout modules of the layers."""
-    found = []
-    for parent in layers.modules():
-        for name, module in parent.named_children():
-            if type(module) is torch.nn.Dropout and module.p > 0:
-                found.append((parent, name, module.p))
-    for parent, name, p in found:
-        dropout = HashedDropout(p, run.device)
-        parent.add_module(name, dropout)
-        run.modules.append(dropout)
-        run.dropout_seeds.append(dropout.seed)
+    """Turn all dropout modules of the layers into `HashedDropout`, with new seeds for every micro-batch."""
+    seed = torch.zeros(2, dtype=torch.int32, device=run.device)
+    generator = generator_of(run.args.seed, "dropout modules")
+    for module in layers.modules():
+        if type(module) is torch.nn.Dropout and module.p > 0:
+            module.__class__ = HashedDropout  # in its place, under its name
+            module.seed = seed
+            module.own_seed = torch.randint(2**31 - 1, (2,), generator=generator, dtype=torch.int32).to(run.device)
 
+    def draw_seed(model, args):
+        if model.training:
+            seed.random_()  # from the generator that draws all other dropout
 
-def draw_dropout_seeds(run: Run) -> None:
-    """New seeds for the next micro-batch, from the generator that draws all other dropout."""
-    if run.dropout_seeds:
-        shape = (len(run.dropout_seeds), 2)
-        drawn = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=run.device)
-        # Copied at once, but not into parts of one tensor: parts lie at other places of it in every layer, and each
-        # place would be compiled for.
-        torch._foreach_copy_(run.dropout_seeds, drawn.unbind())
+    run.inner.register_forward_pre_hook(draw_seed)
 
 
 def decoder_layers(run: Run) -> torch.nn.ModuleList:

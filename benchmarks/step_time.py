@@ -107,8 +107,7 @@ def make_run(shape: str, args, train_file: str | None = None, tokenizer: str | N
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
-            sharded = accelerator.distributed_type == train_colm.DistributedType.FSDP
-            model = train_colm.load_base(folder, args, dtype, sharded)
+            model = train_colm.load_base(folder, args, dtype)
     with accelerator.device:
         model = train_colm.add_lora(model, args)
     train, keep = synthetic_rows(sizes["vocab_size"], lognormal_lengths(4096)), SMALL

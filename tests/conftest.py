@@ -16,5 +16,5 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def eager_again():
     """Undo what --compile sets for the whole process."""
     yield
-    functorch_config.activation_memory_budget, inductor_config.joint_custom_post_pass = 1.0, None
+    functorch_config.activation_memory_budget, inductor_config.fallback_random = 1.0, False
     dynamo_config.specialize_float = False

@@ -78,10 +78,23 @@ def test_compiled_layers_train_and_select_as_plain_ones_do_without_endless_recom
     assert graphs[-1] == graphs[1]
 
 
+class DropoutOfItsOwn(torch.nn.Module):
+    """An activation that calls the function `dropout`, as the layers of some models do."""
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(torch.nn.functional.silu(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["function", "module"])
 @pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
-def test_compiled_layers_go_back_through_the_dropout_they_went_forward_through(tmp_path, checkpointing):
+def test_compiled_layers_go_back_through_the_dropout_they_went_forward_through(
+    tmp_path, monkeypatch, checkpointing, own
+):
     torch._dynamo.reset()
-    run = one_run(tmp_path, "--compile", checkpointing, "--lora_dropout", "0.5")
+    if own:
+        monkeypatch.setitem(transformers.activations.ACT2FN, "silu", DropoutOfItsOwn)
+    run = one_run(tmp_path, "--compile", checkpointing, "--lora_dropout", "0" if own else "0.5")
+    assert own == any(isinstance(module, DropoutOfItsOwn) for module in run.modules)
     rows = torch.arange(16)
     train_on(run, rows, 0)
     gradient = [p.grad.clone() for p in run.trained]
@@ -117,10 +130,10 @@ def test_only_one_graph_with_gradients_serves_all_layers_and_no_other_number_of_
     assert counters["stats"]["unique_graphs"] == 4  # layers with and without gradients, and two kernels of the loss
 
 
-def dropped(p: float, seed: tuple[int, int], shape=(512, 640)) -> torch.Tensor:
+def dropped(p: float, seed: tuple[int, int], own_seed=(77, -88), shape=(512, 640)) -> torch.Tensor:
     """The elements that HashedDropout drops, [rows, columns] bool."""
-    dropout = train_colm.HashedDropout(p, torch.device("cpu"))
-    dropout.seed.copy_(torch.tensor(seed))
+    dropout = train_colm.HashedDropout(p)
+    dropout.seed, dropout.own_seed = torch.tensor([seed, own_seed], dtype=torch.int32)
     x = torch.ones(1, *shape, requires_grad=True)
     out = dropout(x)
     out.sum().backward()
@@ -136,10 +149,13 @@ def test_hashed_dropout_is_as_good_as_a_drawn_one(p, seed):
     assert torch.equal(mask, dropped(p, seed))
     other = dropped(p, (seed[0], seed[1] ^ 4))
     another = dropped(p, (seed[0] ^ 4, seed[1]))
+    other_module, another_module = dropped(p, seed, (78, -88)), dropped(p, seed, (77, -87))
     unit = (mask.double() - p) / (p * (1 - p)) ** 0.5  # mean 0 and variance 1, were it drawn
     n = mask.numel()
     sums = {"share": unit.sum()}
-    for name, mask_of in (("other seed", other), ("another seed", another)):
+    others = {"other seed": other, "another seed": another}
+    others |= {"other module": other_module, "another module": another_module}
+    for name, mask_of in others.items():
         sums[name] = (unit * (mask_of.double() - p) / (p * (1 - p)) ** 0.5).sum()
     for lag in (1, 2, 64, 640, 641):  # neighbours in a row, in a column, and across
         sums[f"lag {lag}"] = (unit.flatten()[lag:] * unit.flatten()[:-lag]).sum()
@@ -150,18 +166,18 @@ def test_hashed_dropout_is_as_good_as_a_drawn_one(p, seed):
         assert abs(totals.square().mean() - 1) < 4.5 * (2 / len(totals)) ** 0.5
 
 
-def test_compiled_layers_drop_by_hash_and_draw_new_seeds_for_every_micro_batch(tmp_path, monkeypatch):
+def test_compiled_layers_drop_by_hash_and_draw_new_seeds_for_every_micro_batch(tmp_path):
     run = one_run(tmp_path, "--compile", "--max_tokens_per_micro_batch", "300", *DROPOUT)
     kinds = {type(module).__name__ for layer in train_colm.decoder_layers(run) for module in layer.modules()}
     assert "HashedDropout" in kinds and "Dropout" not in kinds
+    hashed = [module for module in run.model.modules() if isinstance(module, train_colm.HashedDropout)]
+    assert len(hashed) > 1
     seeds = []
-    draw = train_colm.draw_dropout_seeds
 
-    def watched(run):
-        draw(run)
-        seeds.append(torch.stack(run.dropout_seeds))
+    def watch(model, args):  # called after the hook that draws
+        seeds.append(torch.stack([module.seed ^ module.own_seed for module in hashed]))
 
-    monkeypatch.setattr(train_colm, "draw_dropout_seeds", watched)
+    run.inner.register_forward_pre_hook(watch)
     for step in (0, 0, 1):
         train_on(run, torch.arange(16), step)
     third = len(seeds) // 3
@@ -171,8 +187,6 @@ def test_compiled_layers_drop_by_hash_and_draw_new_seeds_for_every_micro_batch(t
     assert len(different.unique(dim=0)) == len(different)  # every module, micro-batch and step has seeds of its own
     run.set_training(False)
     x = torch.randn(3, 128)
-    hashed = [module for module in run.model.modules() if isinstance(module, train_colm.HashedDropout)]
-    assert len(hashed) == len(run.dropout_seeds) > 0
     assert all(module(x) is x for module in hashed)
 
 
