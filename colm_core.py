@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 AllReduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all ranks, on every rank
 
@@ -54,9 +55,10 @@ def one_process(tensor: Tensor) -> Tensor:
 def small_sources(counts: Mapping[Hashable, int]) -> set:
     """Sources with fewer than |V| / c training examples (below the mean size): all their examples are kept (4.1)."""
     total = sum(counts.values())
+    c = len(counts) - [*counts.values()].count(0)  # what has no examples is no source, and would lower the mean
     small = set()
     for source, count in counts.items():
-        if count * len(counts) < total:  # count < |V| / c, without rounding
+        if 0 < count * c < total:  # count < |V| / c, without rounding
             small.add(source)
     return small
 
@@ -235,7 +237,8 @@ class VProjectionProbe:
             outputs = []
             for shift in shifts:
                 now.shift = shift  # for the hook on V, which the layer runs
-                outputs.append(layer_forward(*_map_tensors(fresh, args), **_map_tensors(fresh, kwargs)))
+                own_args, own_kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+                outputs.append(layer_forward(*own_args, **own_kwargs))
             return _stacked(outputs)
 
         def run_model(*args, **kwargs):
@@ -826,6 +829,7 @@ def _channels_reaching(tensors: tuple[Tensor, ...], leaves: list[Tensor]) -> lis
 
 
 TOO_FAR = 0.1  # half precision moves the exact derivative by up to 0.05
+CLOSE = 0.01  # float32's differences depart by 1e-4 to 1e-3, those of half precision by 0.1 and more
 FLIPS = (
     "V reaches a top-k choice (of experts): a perturbation flips choices, and SPSA's differences measure these jumps "
     "more than the derivative: use --probe grad"
@@ -870,6 +874,8 @@ def _try_both_probes(model: nn.Module, found: VProjection, batch: Mapping[str, T
         return _try_both_probes(model, found._replace(before=0), batch)
     if singly is None:
         return found._replace(cautions=(FAILS.format(problem=problem),))
+    if not wide and departs < CLOSE:
+        cautions = []  # in float32, where a kernel knows no float64, the differences say enough
     if choices.depend_on_v:
         cautions.append(FLIPS)
     elif wide and departs > TOO_FAR:
@@ -993,9 +999,12 @@ class _Wider(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if self.suspended or "out" in kwargs:
             return func(*args, **kwargs)
-        if _reads_packed_bits(func, args):  # activations are wide already; bits and their scales stay as they are
-            args, kwargs = _map_tensors(_at_most_float32, (args, kwargs))
-            return func(*args, **kwargs)
+        # 4-bit weights of bitsandbytes: their bits may be stored as if they were bf16 numbers, and stay as they are.
+        packed = any(type(x).__name__ == "Params4bit" for x in _tensors(args))
+        if packed or getattr(func, "namespace", "") == "bitsandbytes":
+            if self.dtype == torch.float64:
+                raise TypeError("no kernel multiplies 4-bit weights in float64")
+            return func(*args, **kwargs)  # activations are wide already
         if name == "__get__":  # an attribute: only x.dtype matters, and nothing need be copied for it
             value = func(*args)
             return self.widened(value) if func == Tensor.dtype.__get__ else value
@@ -1017,18 +1026,6 @@ class _Wider(TorchFunctionMode):
         if isinstance(x, Tensor) and x.is_floating_point() and target.is_floating_point():
             return x.to(target.dtype)
         return x
-
-
-def _reads_packed_bits(func: Callable, args: tuple) -> bool:
-    """Does it take 4-bit weights of bitsandbytes? Under FSDP2 their bits are stored as if they were bf16 numbers."""
-    if getattr(func, "namespace", "") == "bitsandbytes":
-        return True
-    return any(type(x).__name__ == "Params4bit" for x in _tensors(args))
-
-
-def _at_most_float32(x: Tensor) -> Tensor:
-    """No kernel multiplies 4-bit weights in float64."""
-    return x.float() if x.dtype == torch.float64 else x
 
 
 def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor, **_) -> Tensor:
@@ -1057,7 +1054,7 @@ def _first_result(forward: Callable) -> Callable:
     def run(*args, **kwargs):
         if not results:
             results.append(forward(*args, **kwargs))
-        return _map_tensors(Tensor.clone, results[0])  # the layers behind may write into it
+        return tree_map_only(Tensor, Tensor.clone, results[0])  # the layers behind may write into it
 
     return run
 
@@ -1072,28 +1069,9 @@ def _stacked(outputs: list):
     return (hidden, *outputs[-1][1:])
 
 
-def _map_tensors(function: Callable, x):
-    """`x` with `function` of every tensor in it."""
-    if isinstance(x, Tensor):
-        return function(x)
-    if type(x) in (tuple, list):
-        return type(x)(_map_tensors(function, item) for item in x)
-    if type(x) is dict:
-        return {key: _map_tensors(function, item) for key, item in x.items()}
-    return x
-
-
 def _tensors(x) -> list[Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, dict):
-        x = [*x.values()]
-    found = []
-    if isinstance(x, (tuple, list)):
-        for item in x:
-            found.extend(_tensors(item))
-    return found
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -1018,10 +1018,7 @@ class TokenizedRows:
         raise IndexError(number)
 
     def without_copies(self) -> TokenizedRows:
-        """Less the rows whose tokens and supervised tokens are those of a row before. Numbers stay.
-
-        A source of which no row is left goes, too: it would lower the mean size, and with it which sources are small.
-        """
+        """Less the rows whose tokens and supervised tokens are those of a row before. Numbers and sources stay."""
         seen: set[bytes] = set()
         stays = torch.zeros(len(self), dtype=torch.bool)
         for row in range(len(self)):
@@ -1037,11 +1034,11 @@ class TokenizedRows:
         remarks = [*self.remarks, f"{copies} rows are copies of rows before them, dropped"]
         lengths = torch.tensor(self.offsets).diff()  # [rows]
         tokens = stays.repeat_interleave(lengths)  # [tokens] bool
-        left, sources = self.sources[stays].unique(return_inverse=True)  # ids of the sources left, in order
-        names = [self.names[q] for q in left.tolist()]
-        lost = [name for name in self.names if name not in names]
+        sources = self.sources[stays]
+        lost = set(self.sources.tolist()) - set(sources.tolist())
         if lost:
-            remarks.append(f"no row is left of {', '.join(lost)}: all are copies of rows of other sources")
+            names = ", ".join(self.names[q] for q in sorted(lost))
+            remarks.append(f"no row is left of {names}: all are copies of rows of other sources")
         return replace(
             self,
             ids=self.ids[tokens],
@@ -1049,7 +1046,6 @@ class TokenizedRows:
             offsets=[0, *lengths[stays].cumsum(0).tolist()],
             sources=sources,
             numbers=self.numbers[stays],
-            names=names,
             remarks=remarks,
         )
 

@@ -778,12 +778,8 @@ def cluster_rows(run: Run, step: int) -> None:
 def use_clusters(run: Run, clusters: Tensor) -> None:
     """Make the clusters [rows] the sources of the training rows."""
     run.train.sources = clusters
-    run.train.names, sizes = [], {}
-    for cluster, size in enumerate(torch.bincount(clusters, minlength=run.args.cluster_sources).tolist()):
-        run.train.names.append(f"cluster {cluster}")
-        if size:  # an empty cluster is not a source, and would lower the mean size
-            sizes[cluster] = size
-    run.keep = small_sources(sizes)
+    run.train.names = [f"cluster {number}" for number in range(run.args.cluster_sources)]
+    run.keep = small_sources(dict(enumerate(torch.bincount(clusters).tolist())))
 
 
 # --------------------------------------------------------------------------------------------------- model and adapters
@@ -943,6 +939,8 @@ def adopt_adapter(args, given: set[str]) -> None:
     targets = config.target_modules or []
     if isinstance(targets, str):  # a regular expression
         targets = [targets]
+    if args.lora_target_modules:
+        args.lora_target_modules.sort()  # their order means nothing
     of_adapter = {
         "lora_r": config.r,
         "lora_alpha": float(config.lora_alpha),
@@ -951,10 +949,8 @@ def adopt_adapter(args, given: set[str]) -> None:
     }
     for name, value in of_adapter.items():
         wanted = getattr(args, name)
-        if name == "lora_target_modules" and wanted:
-            wanted = sorted(wanted)
         if name in given and wanted != value:
-            if name == "lora_target_modules":
+            if isinstance(value, list):
                 wanted, value = " ".join(wanted), " ".join(value)
             raise UserError(f"--{name} {wanted}, but the adapter in {args.model} has {value}: drop the flag")
         setattr(args, name, value)
@@ -1290,18 +1286,15 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     else:
         rows = demo_rows("train", 10)
         train = tokenize(rows, ["demo"] * len(rows), tokenizer, args, [], show)
-    copies = 0
+    with_copies = len(train)
     if args.drop_copies:
-        with_copies = len(train)
         train = train.without_copies()
-        copies = with_copies - len(train)
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
-            f"--max_length {args.max_length} or have no answer, {copies} are copies): "
+            f"--max_length {args.max_length} or have no answer, {with_copies - len(train)} are copies): "
             f"lower it to {len(train)} or less"
         )
-    counts = dict(enumerate(torch.bincount(train.sources).tolist()))
     if args.cluster_sources > len(train):
         raise UserError(f"--cluster_sources {args.cluster_sources} exceeds the {len(train)} usable rows: lower it")
     keep = set()
@@ -1311,7 +1304,7 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
                 f"no row has a field {args.source_field!r}, which --keep_sources auto needs: name the field with "
                 "--source_field, cluster the rows with --cluster_sources, or treat them alike with --keep_sources none"
             )
-        keep = small_sources(counts)
+        keep = small_sources(dict(enumerate(torch.bincount(train.sources).tolist())))
     elif args.keep_sources not in (["auto"], ["none"]):
         for name in args.keep_sources:
             if name not in train.names:
@@ -1346,9 +1339,8 @@ def make_accelerator(args) -> Accelerator:
         raise UserError(
             f"dynamo_backend {backend} compiles the model past the probe's hooks: set it to no, and use --compile"
         )
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it makes a plan for each new shape, 50 ms a time; flash attention does not
+    # it makes a plan for each new shape, 50 ms a time; flash attention does not
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = accelerator.mixed_precision == "bf16"  # for SPSA's float32 tail
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin

@@ -15,7 +15,8 @@ import torch
 
 
 def small_sources(counts):
-    """Section 4.1: sources with fewer examples than the mean source, |V| / c."""
+    """Section 4.1: sources with fewer examples than the mean source, |V| / c; what has none is no source."""
+    counts = {source: count for source, count in counts.items() if count}
     mean = Fraction(sum(counts.values()), max(len(counts), 1))
     return {source for source, count in counts.items() if count < mean}
 

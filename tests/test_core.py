@@ -73,6 +73,8 @@ def close(actual, expected, tolerance: float = 2e-6) -> None:
         ({"a": 5, "b": 5, "c": 5}, set()),  # exactly the mean is not small
         ({"a": 3, "b": 4, "c": 5}, {"a"}),
         ({"a": 1}, set()),
+        ({"a": 8, "b": 0, "c": 5}, {"c"}),  # the mean of two
+        ({"a": 8, "b": 0, "c": 8}, set()),
         ({}, set()),
         ({0: 2**53, 1: 2**53 + 1}, {0}),  # whole numbers, compared without rounding
     ],
