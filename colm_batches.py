@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 # ------------------------------------------------------------------------------------------ which examples run together
 
@@ -440,13 +441,18 @@ class PackingCheck:
     def differences(self, rows: list[Tensor], packed: bool) -> Differences:
         """Four forwards of `rows` (token ids each), seven when they may be `packed`. Raises what the model raises."""
         # 1. Padded, as they are; and again after their last quarter was replaced by their beginning.
-        with _running_adapters(self.model) as ran:
+        adapters = [name for name, module in self.model.named_modules() if hasattr(module, "lora_A")]
+        ran = []  # adapters, as they run
+
+        def note(module, args, output):
+            if hasattr(module, "lora_A"):
+                ran.append(module)
+
+        with register_module_forward_hook(note):  # of every module, while this block lasts
             padded = self.token_losses(rows)
         if not torch.cat(padded).isfinite().all():
             return Differences(ahead=math.nan)
-        idle = ""  # the first adapter, if none of them ran
-        if ran and not any(ran.values()):
-            idle = next(iter(ran))
+        idle = adapters[0] if adapters and not ran else ""
         kept = [max(2, len(ids) * 3 // 4) for ids in rows]
         changed = []
         for ids, n in zip(rows, kept, strict=True):
@@ -563,26 +569,6 @@ def _rounding_errors(model: nn.Module, dtype: torch.dtype, seed: int):
 
     with model.get_input_embeddings().register_forward_hook(shift):
         yield
-
-
-@contextmanager
-def _running_adapters(model: nn.Module):
-    """Counts, by module name, how often each LoRA module runs."""
-    ran, handles = {}, []
-    for name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        ran[name] = 0
-
-        def count(module, args, output, name=name):
-            ran[name] += 1
-
-        handles.append(module.register_forward_hook(count))
-    try:
-        yield ran
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ----------------------------------------------------------------------------------------- hidden states for clustering

@@ -1178,9 +1178,7 @@ def check_model(args, accelerator: Accelerator, model, labelled_logits: Labelled
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the outermost weights stay whole: no checkpoint could be loaded
     figures = torch.tensor([found.ahead, found.apart, found.leaks], device=accelerator.device)
-    if accelerator.num_processes > 1:
-        figures = broadcast(figures)
-    ahead, apart, leaks = figures.tolist()
+    ahead, apart, leaks = broadcast(figures).tolist()
     if not ahead <= AHEAD:
         raise UserError(
             f"--model {args.model} is not causal: later tokens change earlier losses ({ahead:.3g} times the rounding "
@@ -1380,8 +1378,7 @@ def find_projection(args, accelerator: Accelerator, model) -> VProjection | None
             found = find_v_projection(model, args.probe_module)
         except ValueError as error:
             problem = str(error)
-    if accelerator.num_processes > 1:
-        found, problem = broadcast_object_list([found, problem])
+    found, problem = broadcast_object_list([found, problem])
     if problem:
         raise UserError(problem)
     return found
