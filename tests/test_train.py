@@ -365,7 +365,7 @@ def test_two_hosts_train_together(two_ranks, flags, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("text", ["", "--probe grad --packing", "--lora_r 0 --gradient_checkpointing"])
+@pytest.mark.parametrize("text", ["", "--probe grad --packing", "--lora_r 0 --gradient_checkpointing", "--compile"])
 def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flags, tmp_path, capsys, text):
     assert train(flags(tmp_path / "whole", DROPOUT, text)) == 0
     folder = tmp_path / "stopped"
