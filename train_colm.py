@@ -195,7 +195,7 @@ def flags_given(argv: list[str]) -> set[str]:
     """Names of the flags that stand in `argv`, rather than having their default."""
     parser = build_parser()
     for action in parser._actions:
-        action.default = argparse.SUPPRESS
+        action.default = argparse.SUPPRESS  # what is not given does not appear
     return set(vars(parser.parse_args(argv)))
 
 
@@ -1462,6 +1462,7 @@ def compile_layers(run: Run) -> None:
     import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     # Dropout that is no module (`HashedDropout` replaces those that are) is drawn by PyTorch's own kernels, and its
     # masks are kept. The compiler's would be drawn again in backward, others than in forward, where a memory budget has
@@ -1477,7 +1478,7 @@ def compile_layers(run: Run) -> None:
     hash_dropout(run, layers)
     for layer in layers:
         layer.compile(dynamic=True)
-    run.accelerator.print("--compile: the first steps wait for the compiler; TORCHINDUCTOR_CACHE_DIR keeps its work")
+    run.accelerator.print(f"--compile: the first steps wait for the compiler, once: {cache_dir()} keeps what it makes")
 
 
 class HashedDropout(torch.nn.Dropout):
