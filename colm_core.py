@@ -511,6 +511,83 @@ def select_coreset(
     return Coreset(torch.cat(index), torch.cat(weight))
 
 
+# --------------------------------------- a random draw that passes over copies: not the paper's (benchmarks/RESULTS.md)
+
+
+class Bags(NamedTuple):
+    """The rows of a data set as bags of tokens: row i has the entries offsets[i]..offsets[i + 1]."""
+
+    tokens: Tensor  # [entries] the different tokens of each row
+    weights: Tensor  # [entries] a row's have norm 1, or are all 0
+    offsets: Tensor  # [rows + 1]
+    vocabulary: int  # above every token
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and weights [e] of `rows` [n] end to end, and how many are of each, [n]."""
+        sizes = self.offsets.diff()[rows]
+        starts = sizes.cumsum(0) - sizes  # [n] where each row begins in what is returned
+        shift = (self.offsets[rows] - starts).repeat_interleave(sizes)  # [e]
+        entry = torch.arange(len(shift)) + shift  # [e]
+        return self.tokens[entry], self.weights[entry], sizes
+
+
+def tf_idf(ids: Tensor, offsets: Tensor) -> Bags:
+    """Bags of all rows. A token weighs how often it is in the row, times log(rows / rows that have it).
+
+    `ids` [T] are the tokens of all rows end to end, integers, and row i is ids[offsets[i]:offsets[i + 1]].
+    """
+    rows, vocabulary = len(offsets) - 1, int(ids.max()) + 1
+    tokens, counts, sizes = [], [], []
+    for first in range(0, rows, 1024):  # few rows at a time: sorting is fast while it fits in the cache
+        edges = offsets[first : first + 1025]
+        row = torch.arange(len(edges) - 1).repeat_interleave(edges.diff())
+        pair, count = (row * vocabulary + ids[edges[0] : edges[-1]]).unique(return_counts=True)  # ordered by row
+        tokens.append((pair % vocabulary).int())
+        counts.append(count)
+        sizes.append(torch.bincount(pair // vocabulary, minlength=len(edges) - 1))
+    tokens, counts, sizes = torch.cat(tokens), torch.cat(counts), torch.cat(sizes)
+    rows_with = torch.bincount(tokens, minlength=vocabulary)  # [vocabulary]
+    weights = counts * (rows / rows_with).log()[tokens]  # [entries] float32
+    row = torch.arange(rows).repeat_interleave(sizes)  # [entries]
+    norms = torch.zeros(rows).index_add_(0, row, weights.square()).sqrt()
+    return Bags(tokens, weights / norms.clamp_min(1e-30)[row], F.pad(sizes.cumsum(0), (1, 0)), vocabulary)
+
+
+def cosines(bags: Bags, rows: Tensor, others: Tensor) -> Tensor:
+    """Cosine of the bag of each of `rows` [n] with that of each of `others` [m], [n, m]."""
+    tokens, weights, sizes = bags.of(rows)
+    known, line = tokens.unique(return_inverse=True)  # the table has a line for each token of `rows` alone
+    table = torch.zeros(len(known) + 1, len(rows))  # and a last one of zeros for all other tokens
+    table[line, torch.arange(len(rows)).repeat_interleave(sizes)] = weights
+    line_of = torch.full((bags.vocabulary,), len(known))
+    line_of[known] = torch.arange(len(known))
+    tokens, weights, sizes = bags.of(others)
+    starts = sizes.cumsum(0) - sizes
+    # each of `others` adds up its tokens' lines: a sparse product, in the same order on any number of threads
+    return F.embedding_bag(line_of[tokens], table, starts, mode="sum", per_sample_weights=weights).T
+
+
+def fresh_first(order: Tensor, sources: Tensor, k: int, seen: Tensor, alike: Tensor) -> Tensor:
+    """Positions [k] in a pool: of each source as many as the first k of `order` have, but rows that were seen last.
+
+    `order` [N] are all positions in a random order, `sources` [N] integers. Seen are rows that resemble one taken in an
+    earlier step, `seen` [N], or in this one, `alike` [N, N]; both bool. Where no row is, the first k of `order` are
+    taken. ValueError if k is not in 0..N.
+    """
+    if not 0 <= k <= len(order):
+        raise ValueError(f"k = {k} of a pool of {len(order)}: k must lie in 0..{len(order)}")
+    _, sources = sources.unique(return_inverse=True)  # numbered from 0, as `bincount` needs
+    room = torch.bincount(sources[order[:k]], minlength=len(sources))  # rows yet to be taken of each source
+    seen, taken = seen.clone(), torch.zeros_like(seen)
+    for also_seen in (False, True):  # rows that were seen fill what room is left
+        for i in order.tolist():
+            if room[sources[i]] and not taken[i] and (also_seen or not seen[i]):
+                taken[i] = True
+                room[sources[i]] -= 1
+                seen |= alike[i]
+    return order[taken[order]]
+
+
 # ----------------------------------------------------------------------------------- sources where there are none (5.4)
 
 

@@ -73,15 +73,19 @@ from colm_batches import (
 )
 from colm_core import (
     AdamMoments,
+    Bags,
     VProjection,
     VProjectionProbe,
+    cosines,
     find_v_projection,
+    fresh_first,
     k_means,
     one_process,
     select_coreset,
     small_sources,
     sparsify,
     spsa_gradients,
+    tf_idf,
 )
 from colm_data import (
     Parser,
@@ -112,6 +116,7 @@ DEMO = {  # without --model: learn something visible in a minute on two CPU core
     "sparsify_dims": 256,
 }
 BASE_PRECISIONS = ["compute", "nf4"]
+KEEPING = ("colm", "random_keep", "fresh")  # values of --selection that keep small sources
 
 
 def build_parser() -> Parser:
@@ -131,7 +136,7 @@ def build_parser() -> Parser:
     # the method
     add("--pool_size", type=int, default=128, help="N, examples drawn at each step")
     add("--coreset_size", type=int, default=64, help="K, examples trained on")
-    add("--selection", choices=["colm", "random", "random_keep", "full"], default="colm")
+    add("--selection", choices=[*KEEPING, "random", "full"], default="colm")
     add("--keep_sources", nargs="+", default=["auto"], help="auto (below the mean size), none, or source names")
     add("--keep_share", type=float, default=1.0, help="1 keeps small sources whole, 0 at their part of the pool")
     add("--example_weights", choices=[*TOKEN_POWER], default="uniform", help="loss weight by supervised tokens")
@@ -219,7 +224,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--keep_share {args.keep_share} is out of range: give 0 to 1")
     if args.num_directions > 1 and args.probe == "grad":
         raise UserError(f"--num_directions {args.num_directions} has no effect with --probe grad: drop one")
-    if args.keep_share < 1 and args.selection not in ("colm", "random_keep"):
+    if args.keep_share < 1 and args.selection not in KEEPING:
         raise UserError(f"--keep_share has no effect with --selection {args.selection}: drop one")
     for name in ("lora_dropout", "warmup_ratio"):
         if getattr(args, name) >= 1:
@@ -231,7 +236,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.cluster_sources and args.keep_sources != ["auto"]:
         raise UserError("--cluster_sources makes sources that have no names: leave --keep_sources at auto")
-    if args.cluster_sources and args.selection not in ("colm", "random_keep"):
+    if args.cluster_sources and args.selection not in KEEPING:
         raise UserError(f"--cluster_sources has no effect with --selection {args.selection}: drop one")
     if args.max_length < 2:
         raise UserError(f"--max_length {args.max_length} leaves no room for a completion: give 2 or more")
@@ -280,9 +285,11 @@ class Run:
     probe: VProjectionProbe | None  # None where --selection needs none
     labelled_logits: LabelledLogits
     moments: AdamMoments
+    bags: Bags | None  # of the training rows, for --selection fresh
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
+    taken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # the last rows trained on
     comm_bytes: int = 0  # what this rank gave to the collectives below; the wrappers' own gradients are not in it
     saved: Path | None = None  # the newest checkpoint
     stop: str | None = None  # the signal that asked the run to end
@@ -386,6 +393,7 @@ class Choice:
     moments: AdamMoments  # the history that includes this coreset; current once the step has succeeded
     probe_tokens: int = 0  # tokens of the probed examples, for the log
     skipped_probes: int = 0  # examples with a probe that is not finite
+    passed_over: int = 0  # examples that a random draw would have, and --selection fresh left for others
 
 
 TOKEN_POWER = {"uniform": 0.0, "sqrt": 0.5, "tokens": 1.0}  # --example_weights: a loss weighs its tokens to this power
@@ -409,6 +417,8 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     # 2. Baselines: the whole pool, or a uniform draw in which kept examples come first.
     if selection == "full":
         return uniform_choice(run, pool, torch.arange(len(pool)), kept)
+    if selection == "fresh":
+        return fresh_choice(run, pool, small, kept, k, generator)
     if selection == "random":
         kept = torch.zeros_like(kept)
     small_fill_it = int(kept.sum()) >= k  # DIFFERS 4: then a uniform draw of their rows, and nothing to probe
@@ -465,6 +475,30 @@ def uniform_choice(run: Run, pool: Tensor, index: Tensor, kept: Tensor, skipped_
     """The positions `index` as a coreset that no gradient chose: the history stays."""
     weight = loss_weights(run, pool, index, torch.ones_like(index))
     return Choice(index, weight, kept, run.moments, skipped_probes=skipped_probes)
+
+
+ALIKE = 0.8  # rows resemble each other from this cosine on: near copies do, and few other rows
+LATELY = 4096  # rows remembered: comparing with them takes 9 ms on one core; a copy of an older row counts as new
+
+
+def fresh_choice(run: Run, pool: Tensor, small: Tensor, kept: Tensor, k: int, generator: torch.Generator) -> Choice:
+    """The draw of random_keep, in which rows that resemble rows taken lately give way to others of their source.
+
+    Not the paper's; measured in benchmarks/RESULTS.md.
+    """
+    left_out = small & ~kept  # by --keep_share: they may stand in for rows of their source
+    order = draw_uniformly(~left_out, kept, len(pool), generator)
+    order = torch.cat([order, left_out.nonzero()[:, 0]])  # [N]; a pool is in a random order
+    others = torch.cat([run.taken, pool])
+    alike = cosines(run.bags, pool, others) >= ALIKE  # [N, taken + N]
+    alike &= pool[:, None] != others  # in a later epoch a row is no copy of itself
+    before, now = alike.split([len(run.taken), len(pool)], 1)
+    index = fresh_first(order, run.train.sources[pool], k, before.any(1), now)
+    index = run.broadcast(index)  # unlike processors may round differently: the main process' is the one that counts
+    choice = uniform_choice(run, pool, index, kept)
+    choice.kept = small & (choice.weight > 0)  # those that stood in are among them
+    choice.passed_over = int((choice.weight[order[:k]] == 0).sum())
+    return choice
 
 
 def draw_uniformly(candidates: Tensor, first: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -596,7 +630,7 @@ def accumulate_gradients(run: Run, pool: Tensor, choice: Choice, step: int) -> T
     return run.all_reduce(total)
 
 
-def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
+def update(run: Run, pool: Tensor, choice: Choice, loss: Tensor) -> float | None:
     """Clip, step the optimizer and the history; returns the norm, None where it or the loss is not finite."""
     norm = run.clip_gradients()
     broken = (~torch.stack([loss, norm]).isfinite().all()).float()
@@ -609,6 +643,7 @@ def update(run: Run, choice: Choice, loss: Tensor) -> float | None:
     if broken:
         return None
     run.moments = choice.moments  # the step succeeded, so its coreset belongs to the history (Eq. 3-4)
+    run.taken = torch.cat([run.taken, pool[choice.index]])[-LATELY:]
     return norm
 
 
@@ -640,7 +675,7 @@ def train_loop(run: Run, start: int) -> None:
         with untrainable_in_one_line(args) if step == start else nullcontext():
             loss = accumulate_gradients(run, pool, choice, step)
         lr = run.scheduler.get_last_lr()[0]
-        norm = update(run, choice, loss)
+        norm = update(run, pool, choice, loss)
         if norm is None:
             path = save_checkpoint(run, step)
             raise UserError(
@@ -687,6 +722,7 @@ def log_step(run: Run, done: int, pool: Tensor, choice: Choice, clock: Clock, **
     """One line in metrics.jsonl, one in selection.jsonl, and the same for --report_to."""
     rows = pool[choice.index]  # [K] rows of the training data
     record = {"step": done, **values, "pool": len(pool), "kept": int(choice.kept.sum()), "selected": len(rows)}
+    record |= {"passed_over": choice.passed_over}
     record |= {"skipped_probes": choice.skipped_probes, "probe_tokens": choice.probe_tokens}
     record |= {"tokens": sum(map(run.train.length, rows.tolist()))}
     record |= clock.read() | {"comm_bytes": run.comm_bytes}
@@ -1297,7 +1333,7 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
         raise UserError(f"--cluster_sources {args.cluster_sources} exceeds the {len(train)} usable rows: lower it")
     keep = set()
     if args.keep_sources == ["auto"] and not args.cluster_sources:
-        if train.names == ["all"] and args.selection in ("colm", "random_keep"):
+        if train.names == ["all"] and args.selection in KEEPING:
             raise UserError(
                 f"no row has a field {args.source_field!r}, which --keep_sources auto needs: name the field with "
                 "--source_field, cluster the rows with --cluster_sources, or treat them alike with --keep_sources none"
@@ -1417,6 +1453,9 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     probe = None
     if found is not None:
         probe = VProjectionProbe(inner, found=found)
+    bags = None
+    if args.selection == "fresh":
+        bags = tf_idf(train.ids, torch.tensor(train.offsets))  # 2 s for 262,000 rows
     run = Run(
         args=args,
         accelerator=accelerator,
@@ -1430,6 +1469,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
         probe=probe,
         labelled_logits=LabelledLogits(inner),
         moments=AdamMoments(optimizer.defaults["betas"]),  # the optimizer's own betas (4.2)
+        bags=bags,
         trained=[p for p in model.parameters() if p.requires_grad],
         modules=list(model.modules()),
     )
@@ -1741,7 +1781,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
         return run.saved
     weights, optimizer = run.trained_state()  # every rank takes part in gathering them; the main process writes
     state = {"step": step, "optimizer": optimizer, "scheduler": run.scheduler.state_dict()}
-    state["moments"] = run.moments.state_dict()
+    state["moments"], state["taken"] = run.moments.state_dict(), run.taken
     # The clustering is kept, since the next one may be far away. At the end of the warm-up there is none yet.
     state["clusters"] = None
     if run.args.cluster_sources and step > run.args.cluster_warmup:
@@ -1884,6 +1924,7 @@ def load_checkpoint(run: Run, path: Path) -> int:
         if moments[name] is not None:
             moments[name] = moments[name].to(run.device)
     run.moments.load_state_dict(moments)
+    run.taken = state.get("taken", run.taken)  # older checkpoints have none
     if state["clusters"] is not None:
         use_clusters(run, state["clusters"])
     run.saved = path
@@ -1952,7 +1993,7 @@ def announce(run: Run) -> None:
     counts = torch.bincount(data.sources, minlength=len(data.names))
     small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"
     say(f"{len(data)} rows of {len(data.names)} sources; {kept_how(args)}: {small}")
-    if args.selection not in ("colm", "random_keep"):
+    if args.selection not in KEEPING:
         return
     share = sum(counts[sorted(run.keep)].tolist()) / len(data)
     share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size

@@ -10,9 +10,8 @@ Flags that --help does not list go to train_colm.py.
 * --regimes are what is wrong with the training rows: clean; copies (60 % of the rows are copies of 500); near_copies
   and far_copies (and 15 % or 50 % of each copy's question is changed); noise (30 % of the answers of each source are
   swapped); few (3,000 rows, several epochs); joined as in copies+noise. Held-out rows are always clean.
-* --settings are selections of train_colm.py and of experiments.py. With -sqrt or -tokens a row's loss weighs the root
-  or the number of its completion's tokens; with dedup+ copies and near copies are removed before training, with exact+
-  copies alone.
+* --settings are selections of train_colm.py. With -sqrt or -tokens a row's loss weighs the root or the number of its
+  completion's tokens; with dedup+ copies and near copies are removed before training, with exact+ copies alone.
 * --budget steps: as many optimizer steps as --steps says. cost: as many tokens as that many steps of --coreset_size
   average rows have; a token that is trained on costs 1, a token that is only probed --price. The learning-rate schedule
   spans the budget. 0.42 is the price on Phi-2's shape, 0.25 with gradient checkpointing: a forward pass against
@@ -55,7 +54,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 sys.path.insert(1, str(REPO / "benchmarks"))
 import experiments  # noqa: E402
-from experiments import REGIMES, REMOVALS, SELECTIONS  # noqa: E402
+from experiments import REGIMES, REMOVALS  # noqa: E402
 
 import colm_data  # noqa: E402
 import eval_math  # noqa: E402
@@ -72,8 +71,10 @@ SETTINGS = {  # name: flags of train_colm.py, after those of the command line
     "colm-spsa-16": "--selection colm --probe spsa --num_directions 16",
     "colm-grad": "--selection colm --probe grad",
     "colm-cosine": "--selection colm --probe grad --similarity cosine",
+    "fresh_source": "--selection fresh",
+    # half of the small sources' rows, 1/3 + 2/3 x 64/256: as many as pools of 128 have
+    "fresh_wide": "--selection fresh --pool_size 256 --keep_share 0.3333",
 }
-SETTINGS |= {name: flags for name, (_, flags) in SELECTIONS.items()}
 PRICE = 0.42  # of a probed token, of a trained one's
 EVALUATIONS = 3  # per run, evenly over the budget
 MEASURES = {
@@ -99,8 +100,8 @@ class Cell(NamedTuple):
         return " ".join(self)
 
 
-def parse_setting(setting: str) -> tuple[str, str, str]:
-    """(name in SETTINGS, name in REMOVALS or "", flags of train_colm.py)."""
+def parse_setting(setting: str) -> tuple[str, str]:
+    """(name in REMOVALS or "", flags of train_colm.py)."""
     removal, _, base = setting.rpartition("+")
     flags = ""
     for power in ("sqrt", "tokens"):
@@ -108,7 +109,7 @@ def parse_setting(setting: str) -> tuple[str, str, str]:
             base, flags = base.removesuffix(f"-{power}"), f" --example_weights {power}"
     if base not in SETTINGS or removal not in ("", *REMOVALS):
         raise UserError(f"--settings {setting} is unknown: choose from {', '.join(SETTINGS)}")
-    return base, removal, SETTINGS[base] + flags
+    return removal, SETTINGS[base] + flags
 
 
 def cells_of(own) -> list[Cell]:
@@ -203,14 +204,14 @@ def load_data(path: str) -> dict:
 
 def make_spec(own, flags: list[str], cell: Cell, rate: float, seed: int, clean: Path) -> dict:
     """Everything that decides a run's result."""
-    base, removal, more = parse_setting(cell.setting)
+    removal, more = parse_setting(cell.setting)
     model = ["--model", own.model] if own.model else []
     argv = [*flags, *more.split(), *model]  # a setting's flags override those of the command line
     argv += ["--learning_rate", str(rate), "--seed", str(seed), "--max_steps", str(own.steps), "--save_every", "0"]
     argv += ["--output_dir", str(clean.parent / f"{cell.name} {rate} {seed}".replace(" ", "-"))]
     args = train_colm.parse_args(argv)  # a bad flag is told now
     spec = {"cell": cell.name, "regime": cell.regime, "setting": cell.setting, "budget": cell.budget}
-    spec |= {"rate": rate, "seed": seed, "base": base, "price": None, "amount": own.steps}
+    spec |= {"rate": rate, "seed": seed, "price": None, "amount": own.steps}
     if own.budget == "cost":  # the same for all regimes and settings: tokens of so many clean rows
         rows = load_data(str(spoilt(clean, "clean", "", args.max_length)))["train"]
         coreset = train_colm.parse_args([*flags, *model]).coreset_size
@@ -232,9 +233,7 @@ def load_run(spec: dict) -> train_colm.Run:
     if accelerator.num_processes > 1:
         raise UserError("convergence.py runs on one device: start it with python")
     model = train_colm.load_model(args, accelerator, tokenizer)
-    run = train_colm.build_run(args, accelerator, tokenizer, model, train, data["report"], keep)
-    run.memory = {}
-    return run
+    return train_colm.build_run(args, accelerator, tokenizer, model, train, data["report"], keep)
 
 
 def held_out_losses(run, data: dict) -> dict:
@@ -249,9 +248,7 @@ def held_out_losses(run, data: dict) -> dict:
 
 def measure(run, spec: dict) -> dict:
     """The trainer's loop until the budget is spent, with records instead of logs and checkpoints."""
-    args, data, choose = run.args, load_data(spec["data"]), train_colm.choose_coreset
-    if spec["base"] in SELECTIONS:
-        choose = SELECTIONS[spec["base"]][0]
+    args, data = run.args, load_data(spec["data"])
     # The scheduler counts steps, and nobody knows how many a budget in tokens has: it is asked for the share spent.
     factor_at = run.scheduler.lr_lambdas[0]  # of the learning rate, by the steps done of --max_steps
     step, spent, tokens, probe_tokens, start = 0, 0.0, 0, 0, time.time()
@@ -262,17 +259,17 @@ def measure(run, spec: dict) -> dict:
         for group in run.optimizer.param_groups:
             group["lr"] = args.learning_rate * factor_at(spent / spec["amount"] * args.max_steps)
         pool = train_colm.draw_pool(len(run.train), args.pool_size, args.seed, step)
-        choice = choose(run, pool, step, train_colm.Clock(run.device))
+        choice = train_colm.choose_coreset(run, pool, step, train_colm.Clock(run.device))
         rows = pool[choice.index]
         loss = train_colm.accumulate_gradients(run, pool, choice, step)
-        diverged = train_colm.update(run, choice, loss) is None
+        diverged = train_colm.update(run, pool, choice, loss) is None
         step += 1
         trained = sum(map(run.train.length, rows.tolist()))
         tokens, probe_tokens = tokens + trained, probe_tokens + choice.probe_tokens
         before = spent
         spent += 1 if spec["price"] is None else trained + spec["price"] * choice.probe_tokens
         # Rows of small sources are kept whatever a selection thinks of them: they would only dilute its shares.
-        open_to_choice = ~experiments.is_small(run, rows)
+        open_to_choice = ~torch.isin(run.train.sources[rows], torch.tensor(sorted(run.keep), dtype=torch.long))
         for mark, shares in taken.items():
             marked = data["marks"][mark][rows][open_to_choice].float()
             shares.append(marked.mean().item() if len(marked) else None)

@@ -1,11 +1,10 @@
-"""What benchmarks/convergence.py varies beside the trainer's own flags: the training data, and how a coreset is chosen.
+"""What benchmarks/convergence.py varies beside the trainer's own flags: the training data.
 
 * REGIMES spoil tokenised training rows in a known way, so that it is known which rows a good choice would leave out.
 * REMOVALS drop copies before training, which costs no probe: the first rival of every coreset.
-* SELECTIONS are choices that the trainer does not have. Each is a function (run, pool, step, clock) -> Choice called in
-  place of train_colm.choose_coreset; `run.memory` is a dict for what it keeps between steps.
 
-Choices that were measured and did no better are in commit 956a51d, with their figures in RESULTS.md.
+Other ways to choose a coreset were measured as well: `fresh_skip98` is in commit f25ec73, those that did no better in
+956a51d, and their figures are in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy
@@ -21,7 +19,6 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_colm  # noqa: E402
 from colm_data import Example, TokenizedRows  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- regimes
@@ -198,98 +195,3 @@ def without_near_copies(data: TokenizedRows, threshold: float = 0.5, n: int = 2)
 
 
 REMOVALS = {"exact": without_copies, "dedup": without_near_copies}
-
-# ---------------------------------------------------------------------------------------------------------- selections
-
-
-def is_small(run, rows: Tensor) -> Tensor:
-    """Which rows are of small sources, [n] bool."""
-    return torch.isin(run.train.sources[rows], torch.tensor(sorted(run.keep), dtype=torch.long))
-
-
-def tf_idf(run, rows: Tensor) -> Tensor:
-    """Bags of a row's tokens, rare ones weighing more, of norm 1: [n, vocabulary]."""
-    data, memory = run.train, run.memory
-    if "idf" not in memory:
-        pairs = [data.ids[a:b].unique() for a, b in pairwise(data.offsets)]
-        count = torch.bincount(torch.cat(pairs), minlength=len(run.tokenizer))
-        memory["idf"] = (len(data) / count.clamp(min=1)).log()
-    bags = torch.zeros(len(rows), len(memory["idf"]))
-    for bag, row in zip(bags, rows.tolist(), strict=True):
-        ids = data.example(row).ids.long()
-        bag.index_add_(0, ids, torch.ones(len(ids)))
-    bags = torch.nn.functional.normalize((bags * memory["idf"]).to(run.device), dim=1)
-    if run.device.type == "cuda":
-        bags = bags.bfloat16()  # half the memory of the rows taken; cosines err by less than 0.01
-    return bags
-
-
-def likeness_to_taken(run, pool: Tensor, bags: Tensor) -> Tensor:
-    """Largest cosine of each row's bag with that of another row taken before, [N]."""
-    if "taken" not in run.memory:
-        return torch.zeros(len(pool))
-    cosines = bags @ run.memory["taken"].T  # [N, taken]
-    itself = pool[:, None] == run.memory["rows"]  # in a later epoch a row is no copy of itself
-    return cosines.masked_fill(itself.to(run.device), 0).amax(1).float().cpu()  # [N]
-
-
-def remember(run, rows: Tensor, bags: Tensor, recent: int) -> None:
-    """Keep the last `recent` rows taken and their bags."""
-    memory = run.memory
-    memory["taken"] = torch.cat([memory.get("taken", bags[:0]), bags])[-recent:]
-    memory["rows"] = torch.cat([memory.get("rows", rows[:0]), rows])[-recent:]
-
-
-def fresh(alike: float = 0.8, copy: float = 2.0, recent: int = 4096):
-    """A selection without a probe that passes over rows like those taken lately, and leaves the mixture as it is.
-
-    As many rows of each source are taken as random_keep draws of the first 2 K of the pool. Within a source a random
-    order decides, but rows come last whose bag of tokens has a cosine of `alike` or more with one of the last `recent`
-    rows taken or with a row taken in this step. From a cosine of `copy` on (above 1: never) a row is not taken at all,
-    and the coreset is smaller.
-    """
-
-    def choose(run, pool: Tensor, step: int, clock) -> train_colm.Choice:
-        k, small = run.args.coreset_size, is_small(run, pool)
-        sources = run.train.sources[pool]  # [N]
-        generator = train_colm.generator_of(run.args.seed, "fresh", step)
-
-        # 1. How many rows of each source: as random_keep draws them, so that passing over rows moves no mixture.
-        candidates = torch.ones_like(small)[: 2 * k]
-        drawn = train_colm.draw_uniformly(candidates, small[: 2 * k], k, generator)  # [K]
-        room = torch.bincount(sources[drawn], minlength=len(run.train.names)).tolist()
-
-        # 2. Rows in a random order, those that resemble one taken before put off.
-        bags = tf_idf(run, pool)  # [N, vocabulary]
-        to_taken = likeness_to_taken(run, pool, bags).tolist()
-        to_pool = (bags @ bags.T).float().cpu()  # [N, N]
-        sources = sources.tolist()
-        taken, late = [], []
-        for i in torch.randperm(len(pool), generator=generator).tolist():
-            likeness = to_taken[i]
-            if taken:
-                likeness = max(likeness, float(to_pool[i, taken].max()))
-            if alike <= likeness < copy:
-                late.append(i)
-            elif likeness < alike and room[sources[i]]:
-                taken.append(i)
-                room[sources[i]] -= 1
-
-        # 3. They fill what room is left of their source.
-        for i in late:
-            if room[sources[i]]:
-                taken.append(i)
-                room[sources[i]] -= 1
-        index = torch.tensor(taken or [0])  # a step needs a row
-        remember(run, pool[index], bags[index.to(run.device)], recent)
-        return train_colm.uniform_choice(run, pool, index, small)
-
-    return choose
-
-
-KEEP = "--selection random_keep"
-SELECTIONS = {  # name: (function, flags of train_colm.py that it goes by)
-    "fresh_source": (fresh(), KEEP),
-    "fresh_wide": (fresh(), KEEP + " --pool_size 256"),
-    "fresh_skip98": (fresh(copy=0.98, recent=1_000_000), KEEP),
-}

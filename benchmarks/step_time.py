@@ -181,7 +181,7 @@ def one_step(run: train_colm.Run, mode: str, pool: torch.Tensor, step: int) -> d
     clock.mark("select")
     loss = train_colm.accumulate_gradients(run, pool, choice, step)
     clock.mark("train")
-    train_colm.update(run, choice, loss)
+    train_colm.update(run, pool, choice, loss)
     clock.mark("optimizer")
     counts = {"probe_tokens": choice.probe_tokens, "comm_s": run.comm_s, "comm_bytes": run.comm_bytes}
     return clock.read() | {"rows": pool[choice.index], "loss": loss.item()} | counts

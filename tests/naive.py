@@ -214,6 +214,40 @@ def spsa_gradient(derivatives, directions):
     return [math.fsum(column) / len(terms) for column in zip(*terms, strict=True)]
 
 
+# ------------------------------------------------------------------------------- a random draw that passes over copies
+
+
+def tf_idf(rows):
+    """Bags [rows][vocabulary] of lists of tokens: how often each is in the row, times log(rows / rows that have it)."""
+    bags = []
+    for row in rows:
+        bag = []
+        for token in range(max(map(max, rows)) + 1):
+            having = sum(token in other for other in rows)
+            bag.append(row.count(token) * math.log(len(rows) / having) if having else 0.0)
+        bags.append(bag)
+    return bags
+
+
+def fresh_first(order, sources, k, seen, alike):
+    """Of each source as many positions as the first k of `order` have: those not like one taken before, then others."""
+    taken, put_off = [], []
+
+    def has_room(i):
+        wanted = sum(sources[j] == sources[i] for j in order[:k])
+        return sum(sources[j] == sources[i] for j in taken) < wanted
+
+    for i in order:
+        if seen[i] or any(alike[i][j] for j in taken):
+            put_off.append(i)
+        elif has_room(i):
+            taken.append(i)
+    for i in put_off:
+        if has_room(i):
+            taken.append(i)
+    return taken
+
+
 # ---------------------------------------------------------------------- one step of training, and several in a row
 
 
@@ -322,6 +356,9 @@ class Steps:
         self.settings, self.steps, self.done = settings, steps, 0
         self.optimizer = AdamW(sum(p.numel() for p in trained), settings.weight_decay)
         self.moments = AdamMoments(weight.numel())
+        self.taken = []  # rows trained on, step by step
+        if settings.selection == "fresh":
+            self.bags = tf_idf([ids for ids, _ in examples])
 
     def step(self, recorded):
         """One step over the recorded pool; what metrics.jsonl and selection.jsonl must say about it."""
@@ -333,6 +370,7 @@ class Steps:
         lr = learning_rate(self.settings, self.done, self.steps)
         loss, norm = self.update(index, weights, lr)
         self.done += 1
+        self.taken += recorded["selected"]  # in the trainer's order: of the oldest step only the last may count
         return {"loss": loss, "lr": lr, "grad_norm": norm, "kept": sorted(kept), "selected": sorted(index)}
 
     def coreset(self, pool, recorded):
@@ -347,6 +385,9 @@ class Steps:
             return [], recorded["selected"], [1] * k
         # README, --keep_share: a share s leaves ceil(n (s + (1 - s) K / N)) of the n small sources' rows, at random.
         share = Fraction(settings.keep_share) + (1 - Fraction(settings.keep_share)) * Fraction(k, len(pool))
+        if settings.selection == "fresh":
+            index = self.fresh(pool, small, k, math.ceil(share * len(small)))
+            return [row for row in index if row in small], index, [1] * k
         kept = [row for row in small if row in recorded["kept"]]
         assert len(kept) == math.ceil(share * len(small)) and sorted(kept) == sorted(recorded["kept"])
         big = [row for row in pool if row not in small]
@@ -373,6 +414,27 @@ class Steps:
         index += [big[i] for i in chosen]
         self.moments.update([gradients[i] for i in chosen])  # Section 4.2: the selected ones of the big sources alone
         return kept, index, weights
+
+    def fresh(self, pool, small, k, keep):
+        """--selection fresh: a random draw in which `keep` of the small sources' rows come first, less copies."""
+        settings = self.settings
+        if keep < len(small):
+            draw = torch.Generator().manual_seed(seed_of(settings.seed, "thin", self.done))
+            kept = [small[i] for i in torch.randperm(len(small), generator=draw).tolist()][:keep]
+        else:
+            kept = small
+        draw = torch.Generator().manual_seed(seed_of(settings.seed, "pick", self.done))
+        shuffled = [pool[i] for i in torch.randperm(len(pool), generator=draw).tolist()]
+        order = [row for row in shuffled if row in kept] + [row for row in shuffled if row not in small]
+        order += [row for row in small if row not in kept]
+
+        def alike(a, b):
+            return a != b and cosine(self.bags[a], self.bags[b]) >= settings.alike
+
+        seen = [any(alike(row, other) for other in self.taken[-settings.lately :]) for row in pool]
+        pairs = [[alike(a, b) for b in pool] for a in pool]
+        picks = fresh_first([pool.index(row) for row in order], [self.sources[row] for row in pool], k, seen, pairs)
+        return [pool[i] for i in picks]
 
     def probe(self, rows):
         """Section 4.2: a gradient of the last V projection for each of `rows`."""

@@ -159,96 +159,27 @@ def test_copies_are_removed(clean_rows, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- selections
 
 
-@pytest.fixture(scope="module")
-def trained_run(build):
-    """A run whose adapters are not at their start."""
-    spec = build("colm-grad-sqrt", "copies")
+@pytest.mark.parametrize("setting", ["fresh_source", "fresh_wide"])
+def test_fresh_settings_pass_over_copies_and_leave_the_mixture(build, setting):
+    """As many rows of small sources as random_keep has of pools of K / N = 1 / 2, on average; fewer copies."""
+    spec = build(setting, "copies")
     run = convergence.load_run(spec)
-    convergence.measure(run, spec)
-    return run
-
-
-def choose(run, name, pools):
-    """What a selection takes of pools, one after another."""
-    run.memory = {}
-    function, _ = experiments.SELECTIONS[name]
-    return [function(run, pool, step, train_colm.Clock(run.device)) for step, pool in enumerate(pools)]
-
-
-@pytest.mark.parametrize("name", experiments.SELECTIONS)
-def test_selections(trained_run, name):
-    """The coresets are drawn from the pool without repeats and probe nothing; the same again; weights of the rows."""
-    run = trained_run
-    pools = [train_colm.draw_pool(len(run.train), 48, 0, step) for step in range(4)]
-    first, again = choose(run, name, pools), choose(run, name, pools)
-    for pool, choice, other in zip(pools, first, again, strict=True):
-        assert choice.index.tolist() == other.index.tolist() and choice.probe_tokens == 0
-        assert 0 < len(choice.index) == len(set(choice.index.tolist())) <= 12
-        expected = torch.zeros(48)
-        expected[choice.index] = run.train.supervised_tokens(pool[choice.index]).sqrt()
-        assert torch.equal(choice.weight, expected)
-
-
-def test_the_mixture_is_that_of_random_keep(trained_run):
-    """As many rows of each source as random_keep takes of the first 2 K rows: all of a small source's, for one."""
-    run = trained_run
-    pool = train_colm.draw_pool(len(run.train), 24, 0, 3)
-    (choice,) = choose(run, "fresh_source", [pool])
-    small = experiments.is_small(run, pool)
-    assert len(choice.index) == 12 and 0 < small.sum() < 12
-    sources = run.train.sources[pool]
-    for q in sources[small].unique():
-        assert (sources[choice.index] == q).sum() == (sources == q).sum()
-
-
-@pytest.mark.parametrize("name", ["fresh_source", "fresh_skip98"])
-def test_copies_of_rows_taken_come_last_or_not_at_all(trained_run, name):
-    """The second pool offers copies of what was taken and new rows of one and the same source."""
-    run = trained_run
-    big = next(q for q in range(len(run.train.names)) if q not in run.keep)
-    rows = (run.train.sources == big).nonzero()[:, 0]
-    examples = {}
-    for row in rows.tolist():  # rows of different texts, of which none is like another
-        examples.setdefault(run.train.example(row).ids.numpy().tobytes(), row)
-    different = torch.tensor(list(examples.values()))
-    bags = experiments.tf_idf(run, different).float()
-    new = [0]
-    for i in range(len(different)):
-        if float((bags[new] @ bags[i]).max()) < 0.8:
-            new.append(i)
-    new = different[new]
-    assert len(new) >= 20
-    function, _ = experiments.SELECTIONS[name]
-    pool = torch.cat([new[:12], new[12:20]])
-    (first,) = choose(run, name, [new[:12]])
-    assert len(first.index) == 12 and run.memory["rows"].tolist() == new[:12][first.index].tolist()
-    # In a later epoch a row is no copy of itself: the order is random.
-    index = function(run, pool, 1, None).index.tolist()
-    assert len(index) == 12 and not set(range(12, 20)) <= set(index)
-    # As if the first pool had been other rows of the same text: all that is new is taken, copies fill the coreset.
-    choose(run, name, [new[:12]])
-    run.memory["rows"] += len(run.train)
-    index = function(run, pool, 1, None).index.tolist()
-    copies = [i for i in index if i < 12]
-    assert set(range(12, 20)) <= set(index) and len(copies) == (0 if name == "fresh_skip98" else 4)
-    index = function(run, new[:12], 2, None).index.tolist()
-    assert len(index) == (1 if name == "fresh_skip98" else 12)  # a step needs a row
-
-
-def test_tf_idf(trained_run):
-    run, data = trained_run, trained_run.train
-    run.memory = {}
-    bags = experiments.tf_idf(run, torch.tensor([0, 1]))
-    ids = data.example(1).ids.tolist()
-    weights = {}
-    for token in set(ids):
-        holds = sum(token in data.ids[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:], strict=False))
-        weights[token] = ids.count(token) * torch.tensor(len(data) / holds).log().item()
-    norm = sum(w * w for w in weights.values()) ** 0.5
-    expected = torch.zeros(bags.shape[1])
-    for token, weight in weights.items():
-        expected[token] = weight / norm
-    torch.testing.assert_close(bags[1], expected, rtol=1e-4, atol=1e-6)
+    marks = convergence.load_data(spec["data"])["marks"]["copies"]
+    run.args.coreset_size, run.args.pool_size = 12, 48 if setting == "fresh_wide" else 24
+    shares = {"small": [0, 0], "copies": [0, 0]}  # of a random half of the pool, of what is taken
+    for step in range(60):
+        pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, step)
+        choice = train_colm.choose_coreset(run, pool, step, train_colm.Clock(run.device))
+        rows = pool[choice.index]
+        run.taken = torch.cat([run.taken, rows])
+        is_small = torch.isin(run.train.sources, torch.tensor(sorted(run.keep)))
+        assert len(rows) == 12 and choice.probe_tokens == 0
+        shares["small"][0] += int(is_small[pool].sum()) * 24 / len(pool)
+        shares["small"][1] += int(is_small[rows].sum())
+        shares["copies"][0] += marks[pool][~is_small[pool]].float().mean().item()
+        shares["copies"][1] += marks[rows][~is_small[rows]].float().mean().item()
+    assert shares["small"][1] == pytest.approx(shares["small"][0], rel=0.15)
+    assert shares["copies"][1] < 0.8 * shares["copies"][0]
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -296,7 +227,7 @@ def test_marks_of_what_was_taken(build):
     marks = convergence.load_data(spec["data"])["marks"]
     taken = convergence.measure(run, spec)["taken"]
     rows = train_colm.draw_pool(len(run.train), 16, 1, 2)
-    rows = rows[~experiments.is_small(run, rows)]
+    rows = rows[[int(q) not in run.keep for q in run.train.sources[rows]]]
     for name in ("copies", "noise"):
         assert taken[name][2] == pytest.approx(marks[name][rows].float().mean().item(), abs=1e-4)
     assert convergence.eighths([0.5, None, 1.0]) == [None, None, 0.5, None, None, None, None, 1.0]

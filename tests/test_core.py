@@ -30,13 +30,16 @@ from colm_core import (
     AdamMoments,
     Coreset,
     allocate_budget,
+    cosines,
     example_losses,
     facility_location,
+    fresh_first,
     pairwise_similarity,
     select_coreset,
     small_sources,
     sparsify,
     spsa_gradients,
+    tf_idf,
 )
 
 ODD_SIZES = (1, 2, 7, 53, 123)
@@ -485,6 +488,93 @@ def test_the_global_generator_is_left_alone():
 def test_a_coreset_size_outside_the_pool_is_refused(k):
     with pytest.raises(ValueError, match=rf"k = {k} of a pool of 5: k must lie in 1\.\.5"):
         select_coreset(torch.zeros(5, 2), torch.zeros(5, dtype=torch.long), k)
+
+
+# ------------------------------------------------------------------------------ a random draw that passes over copies
+
+
+def token_rows(rows: int, seed: int = 0, vocabulary: int = 30) -> list[list[int]]:
+    """Short rows of tokens, each with token 7; the first is one token long and the last a copy of the one before."""
+    g = generator(seed, rows)
+    made = [[7]]
+    while len(made) < rows:
+        length = int(torch.randint(1, 9, (), generator=g))
+        made.append([7, *torch.randint(0, vocabulary, (length,), generator=g).tolist()])
+    if rows > 2:
+        made[-1] = made[-2][::-1]  # a bag has no order
+    return made
+
+
+def bags_of(rows: list[list[int]]):
+    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    return tf_idf(torch.tensor(sum(rows, []), dtype=torch.int32), offsets)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 53])
+def test_cosines_of_bags_match_the_twin(rows):
+    made = token_rows(rows)
+    bags, twin = bags_of(made), naive.tf_idf(made)
+    some, others = torch.arange(0, rows, 2), torch.randperm(rows, generator=generator(rows))
+    found = cosines(bags, some, others)
+    assert found.shape == (len(some), rows) and found.dtype == torch.float32
+    expected = [[naive.cosine(twin[a], twin[b]) for b in others.tolist()] for a in some.tolist()]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert not found[some == 0].any()  # its only token is in every row, and weighs nothing
+    if rows > 2:
+        assert cosines(bags, torch.tensor([rows - 1]), torch.tensor([rows - 2])).item() == pytest.approx(1)
+
+
+def test_bags_of_many_rows_are_those_of_the_twin():
+    """They are made 1,024 at a time: rows on both sides of an edge, and the last ones."""
+    made = token_rows(2500)
+    bags = bags_of(made)
+    having = [sum(token in set(row) for row in made) for token in range(30)]
+    for row in (0, 1, 1023, 1024, 2047, 2048, 2499):
+        tokens, weights, sizes = bags.of(torch.tensor([row]))
+        assert tokens.tolist() == sorted(set(made[row])) and sizes.tolist() == [len(tokens)]
+        expected = torch.tensor([made[row].count(token) * math.log(2500 / having[token]) for token in tokens.tolist()])
+        close(weights, expected / expected.norm().clamp_min(1e-9))
+    assert bags.offsets[-1] == len(bags.tokens) == sum(len(set(row)) for row in made)
+
+
+@pytest.mark.parametrize(
+    ("n", "sources", "density"), [(1, 1, 0.0), (7, 2, 0.3), (53, 4, 0.0), (53, 4, 0.02), (53, 4, 0.2), (123, 9, 1)]
+)
+def test_fresh_rows_match_the_twin(n, sources, density):
+    for k in {0, 1, n // 2, n}:
+        g = generator(n, k)
+        order, source = torch.randperm(n, generator=g), 3 * torch.randint(-1, sources, (n,), generator=g)
+        alike = torch.rand(n, n, generator=g) < density
+        alike |= alike.T.clone()
+        seen = torch.rand(n, generator=g) < 3 * density
+        before = seen.clone()
+        picked = fresh_first(order, source, k, seen, alike).tolist()
+        lists = [x.tolist() for x in (order, source, seen, alike)]
+        expected = naive.fresh_first(*lists[:2], k, *lists[2:])
+        assert sorted(picked) == sorted(expected) and len(picked) == k
+        assert picked == [i for i in order.tolist() if i in picked]  # in the order given
+        assert sorted(source[picked].tolist()) == sorted(source[order[:k]].tolist())  # the mixture of a plain draw
+        assert torch.equal(seen, before)
+        if density == 0:
+            assert picked == order[:k].tolist()
+
+
+def test_seen_rows_come_last_and_only_for_others_of_their_source():
+    order, source = torch.arange(6), torch.tensor([0, 0, 1, 0, 1, 0])
+    no, alike = torch.zeros(6, dtype=torch.bool), torch.zeros(6, 6, dtype=torch.bool)
+    assert fresh_first(order, source, 3, no, alike).tolist() == [0, 1, 2]
+    alike[0, 1] = alike[1, 0] = True  # the second gives way to the next of its source, not to the nearest row
+    assert fresh_first(order, source, 3, no, alike).tolist() == [0, 2, 3]
+    seen = torch.tensor([True, False, True, False, True, False])
+    assert fresh_first(order, source, 3, seen, alike).tolist() == [1, 2, 3]  # all of source 1 are seen: the first
+    assert fresh_first(order, source, 6, seen, alike).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_more_fresh_rows_than_the_pool_has_are_refused(k):
+    none = torch.zeros(3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=rf"k = {k} of a pool of 3: k must lie in 0\.\.3"):
+        fresh_first(torch.arange(3), torch.zeros(3), k, none[0], none)
 
 
 def test_official_outputs():

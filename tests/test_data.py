@@ -1433,7 +1433,7 @@ def test_a_glob_without_files_is_refused(refused, tmp_path):
 
 def test_rows_without_source_are_refused_where_sources_matter(refused, tmp_path, demo_tokenizer):
     rows = [{"prompt": "a", "completion": "1"}] * 8
-    for selection in ("colm", "random_keep"):
+    for selection in ("colm", "random_keep", "fresh"):
         refused(["--selection", selection], "'source'", "--source_field", "--keep_sources none", rows=rows)
     for way_on in (["--keep_sources", "none"], ["--selection", "random"], ["--selection", "full"]):
         file = str(tmp_path / "rows.jsonl")

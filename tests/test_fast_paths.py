@@ -220,7 +220,7 @@ def test_example_weights_train_on_the_weighted_mean_of_the_losses(tmp_path, weig
     assert len(set(tokens)) > 1
 
 
-@pytest.mark.parametrize("selection", ["random_keep", "colm"])
+@pytest.mark.parametrize("selection", ["random_keep", "fresh", "colm"])
 def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_path, selection):
     counts = {}
     for share in ("0", "0.5", "1"):
@@ -235,6 +235,17 @@ def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_
         assert len(kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
         counts[share] = len(kept)
     assert counts["0"] < counts["0.5"] < counts["1"] == len(small)
+
+
+def test_ranks_take_the_fresh_rows_of_the_main_process(tmp_path, monkeypatch):
+    """Unlike processors may round a cosine to both sides of ALIKE."""
+    run = one_run(tmp_path, "--selection", "fresh")
+    pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0)
+    monkeypatch.setattr(train_colm.Run, "broadcast", lambda self, index: torch.arange(len(index)))
+    choice = train_colm.choose_coreset(run, pool, 0, train_colm.Clock(run.device))
+    taken = list(range(run.args.coreset_size))
+    assert choice.index.tolist() == choice.weight.nonzero()[:, 0].tolist() == taken
+    assert set(choice.kept.nonzero()[:, 0].tolist()) <= set(taken)
 
 
 def test_keep_share_of_nothing_to_share_is_refused(tmp_path):

@@ -70,6 +70,8 @@ DEFAULTS = {
     "eval_every": 100,
     "report_to": [],
     "seed": 0,
+    "alike": 0.8,  # no flags, but what --selection fresh goes by
+    "lately": 4096,
 }
 
 # Adam does not see a constant factor on its gradients: a run that clips every step ends where one that clips none does.
@@ -107,6 +109,8 @@ SHAPING = [  # flags that shape the result: the base of the run, and what is add
     ("grad", "--selection random"),
     ("grad", "--selection random_keep"),
     ("grad", "--selection random_keep --keep_sources c --keep_share 0.25"),
+    ("grad", "--selection fresh"),
+    ("grad", "--selection fresh --keep_sources c --keep_share 0.25 --example_weights sqrt"),
     ("grad", "--selection full"),
     ("grad", "--pool_size 20"),
     ("grad", "--coreset_size 7"),
@@ -397,6 +401,28 @@ def test_random_coresets_are_no_fixed_part_of_a_pool(run):
             places.append({record["pool"].index(row) for row in record["selected"]})
         assert set.union(*places) == set(range(24))  # each position has its turn: (13 / 24)^12 = 0.06 % miss theirs
         assert len({tuple(sorted(one)) for one in places}) == 12
+
+
+@pytest.mark.parametrize("flags", ["", "--keep_sources a --keep_share 0", "--keep_sources a b"])
+def test_fresh_passes_over_rows_like_those_taken_lately(run, inputs, monkeypatch, flags):
+    """Random rows resemble each other less than copies do, so a lower cosine counts here, and fewer rows are lately."""
+    monkeypatch.setattr(train_colm, "ALIKE", 0.45)
+    monkeypatch.setattr(train_colm, "LATELY", 25)
+    text = f"{COMMON} {flags} --max_steps 8"
+    fresh, random_keep = run(f"{text} --selection fresh"), run(f"{text} --selection random_keep")
+    monkeypatch.setitem(DEFAULTS, "alike", 0.45)
+    monkeypatch.setitem(DEFAULTS, "lately", 25)
+    assert differences(fresh, inputs, f"{text} --selection fresh") == []
+    monkeypatch.setitem(DEFAULTS, "lately", 4096)
+    assert differences(fresh, inputs, f"{text} --selection fresh") != [], "what is forgotten must make a difference"
+
+    source_of = [row["source"] for row in read(inputs / "train.jsonl")]
+    records = zip(read(fresh / "selection.jsonl"), read(random_keep / "selection.jsonl"), strict=True)
+    for metric, (one, other) in zip(read(fresh / "metrics.jsonl"), records, strict=True):
+        mixtures = [sorted(source_of[row] for row in record["selected"]) for record in (one, other)]
+        assert mixtures[0] == mixtures[1] and one["pool"] == other["pool"]
+        assert metric["passed_over"] == len(set(other["selected"]) - set(one["selected"]))
+    assert sum(metric["passed_over"] for metric in read(fresh / "metrics.jsonl")) > 8
 
 
 @pytest.fixture(scope="module")

@@ -46,10 +46,13 @@ RUNS = {  # every selection, probe and way to train; the same results are due on
     "grad_full": "--lora_r 0 --learning_rate 1e-3 --probe grad --similarity cosine",
     "random": "--selection random --gradient_checkpointing",
     "random_keep": "--selection random_keep --lora_r 0 --learning_rate 1e-3",
+    "fresh": "--selection fresh --lora_r 0 --learning_rate 1e-3",
     "all": "--selection full --packing",
     "clusters": "--probe grad --cluster_sources 3 --cluster_warmup 1 --cluster_updates 1",
 }
+UNPROBED = ("random", "random_keep", "fresh", "all")
 DROPOUT = "--lora_dropout 0.2 --direction step --save_every 2 --max_steps 6"
+RESUMED = {"colm": "", "fresh": "--selection fresh"}  # stopped on two ranks, too
 SMALL = {"add", "count", "sort", "last"}
 
 
@@ -188,12 +191,14 @@ def two_ranks(flags, tmp_path_factory):
     def launch_all(kind: str) -> Path:
         folder = tmp_path_factory.mktemp(kind)
         runs = [(flags(folder / name, "--lora_dropout 0", text), None) for name, text in RUNS.items()]
-        runs += [(flags(folder / "whole", DROPOUT), None), (flags(folder / "stopped", DROPOUT), 3)]
-        runs += [(flags(folder / "stopped", DROPOUT, "--resume auto"), None)]
+        for name, text in RESUMED.items():
+            runs.append((flags(folder / f"{name}_whole", DROPOUT, text), None))
+            runs.append((flags(folder / f"{name}_stopped", DROPOUT, text), 3))
+            runs.append((flags(folder / f"{name}_stopped", DROPOUT, text, "--resume auto"), None))
         (folder / "runs.json").write_text(json.dumps(runs))
         done = torchrun(__file__, kind, str(folder / "runs.json"), timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("stopped by SIGTERM after step 3") == 1
+        assert done.stdout.count("stopped by SIGTERM after step 3") == len(RESUMED)
         return folder
 
     folders = {}
@@ -234,15 +239,17 @@ def test_records_tell_pool_kept_and_selected_rows_of_the_file(one_process, input
         pool, kept, selected = (record[key] for key in ("pool", "kept", "selected"))
         assert len(set(pool)) == 24 and not {0, 77} & set(pool)  # those two rows were dropped
         small = [row for row in pool if rows[row]["source"] in SMALL]
-        assert sorted(kept) == ([] if name == "random" else sorted(small))
+        if name == "random":
+            small = []
+        if name == "fresh":  # where small sources fill a coreset, those in it are told
+            small = set(small) & set(selected)
+        assert sorted(kept) == sorted(small)
         assert len(set(selected)) == len(selected) == (24 if name == "all" else 10)
         assert set(selected) <= set(pool) and (set(kept) <= set(selected) or len(kept) > 10)
         assert (metrics["pool"], metrics["kept"], metrics["selected"]) == (24, len(kept), len(selected))
         seconds = [metrics[f"{phase}_s"] for phase in ("probe", "select", "train")]
         assert sum(seconds) == pytest.approx(metrics["step_s"], abs=1e-4) and metrics["peak_gb"] > 0.01
-        assert (
-            (metrics["probe_s"] > 0) == (metrics["probe_tokens"] > 0) == (name not in ("random", "random_keep", "all"))
-        )
+        assert (metrics["probe_s"] > 0) == (metrics["probe_tokens"] > 0) == (name not in UNPROBED)
     assert [r["step"] for r in steps(folder)] == [1, 2, 3, 4, 5]
     assert losses(folder)[-1] < losses(folder)[0]
     assert [r["lr"] for r in steps(folder)][0] in (1e-2, 1e-3)
@@ -254,7 +261,50 @@ def test_selections_draw_the_same_pools_and_pick_differently(one_process):
     pools = {name: [r["pool"] for r in steps(one_process / name, "selection")] for name in RUNS}
     assert all(pool == pools["spsa"] for pool in pools.values())
     picks = {name: str([sorted(r["selected"]) for r in steps(one_process / name, "selection")]) for name in RUNS}
-    assert len({picks[name] for name in ("spsa", "grad", "random", "random_keep", "all")}) == 5
+    assert len({picks[name] for name in ("spsa", "grad", *UNPROBED)}) == 6
+
+
+def picks_of(flags, folder: Path, rows: list[tuple[str, str]], *texts: str) -> list[dict]:
+    """selection.jsonl of a run with --selection fresh, on rows given as (source, answer)."""
+    folder.mkdir()
+    made = [{"source": source, "instruction": "Go on.", "output": answer} for source, answer in rows]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    own = f"--train_file {folder}/rows.jsonl --selection fresh --pool_size 20 --coreset_size 8"
+    assert train(flags(folder / "out", own, *texts)) == 0
+    return steps(folder / "out", "selection")
+
+
+def different_answers(count: int) -> list[str]:
+    """No two have more than one word in common."""
+    alphabet = [a + b for a in "bcdfghjklmnpqrstvwz" for b in "aeiou"]
+    rng = random.Random(0)
+    return [" ".join("".join(rng.choices(alphabet, k=6)) for _ in range(4)) for _ in range(count)]
+
+
+def test_without_copies_fresh_is_random_keep_for_several_epochs(flags, tmp_path):
+    """And with them it is not. In a later epoch a row is no copy of itself."""
+    answers = different_answers(60)
+    rows = [("small" if i % 10 == 0 else "big", answer) for i, answer in enumerate(answers)]
+    picks = picks_of(flags, tmp_path / "fresh", rows, "--max_steps 8")  # three pools an epoch
+    assert picks == picks_of(flags, tmp_path / "random_keep", rows, "--max_steps 8 --selection random_keep")
+    rows = [(source, answers[i // 2]) for i, (source, _) in enumerate(rows)]
+    assert picks != picks_of(flags, tmp_path / "copies", rows, "--max_steps 8")
+
+
+def test_copies_give_way_to_what_is_new_in_their_source(flags, tmp_path):
+    """In `big` 40 of 100 rows are copies of one row, in `other` all of 40 are copies of each other."""
+    answers = different_answers(62)
+    rows = [("big", answer) for answer in answers[:60]] + [("big", answers[60])] * 40 + [("other", answers[61])] * 40
+    copies, others = set(range(60, 100)), set(range(100, 140))
+    picks = picks_of(flags, tmp_path / "run", rows, "--max_steps 7 --keep_sources none")
+    for record in picks:
+        pool, selected = set(record["pool"]), set(record["selected"])
+        of_big = len(selected - others)
+        assert len(selected) == 8 and of_big <= len(pool - copies - others)  # enough rows that are no copies
+    taken = [row for record in picks for row in record["selected"]]
+    assert len(copies.intersection(taken)) <= 1 and len(others.intersection(taken)) > 10
+    metrics = steps(tmp_path / "run" / "out")
+    assert sum(record["passed_over"] for record in metrics) > 7 and metrics[0].keys() == metrics[-1].keys()
 
 
 @pytest.mark.parametrize("name", ["spsa", "packed", "spsa_full", "grad_full", "random_keep", "all"])
@@ -365,7 +415,17 @@ def test_two_hosts_train_together(two_ranks, flags, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("text", ["", "--probe grad --packing", "--lora_r 0 --gradient_checkpointing", "--compile"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "--probe grad --packing",
+        "--lora_r 0 --gradient_checkpointing",
+        "--compile",
+        "--selection fresh",
+        "--selection fresh --cluster_sources 3 --cluster_warmup 2",
+    ],
+)
 def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flags, tmp_path, capsys, text):
     assert train(flags(tmp_path / "whole", DROPOUT, text)) == 0
     folder = tmp_path / "stopped"
@@ -380,9 +440,10 @@ def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flags, tmp_path, caps
     assert_identical(folder, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one_on_two_ranks(two_ranks, kind):
-    assert_identical(two_ranks(kind) / "stopped", two_ranks(kind) / "whole")
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one_on_two_ranks(two_ranks, kind, name):
+    assert_identical(two_ranks(kind) / f"{name}_stopped", two_ranks(kind) / f"{name}_whole")
 
 
 def test_a_run_resumes_from_a_named_checkpoint_and_saves_again(whole, flags, tmp_path, capsys):
@@ -583,7 +644,9 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads(whole, inputs):
     )
     assert (checkpoint / "adapter_model.safetensors").read_bytes() == weights(whole)
     state = torch.load(checkpoint / "state.pt", weights_only=True)
-    assert set(state) == {"step", "optimizer", "scheduler", "moments", "clusters"}
+    assert set(state) == {"step", "optimizer", "scheduler", "moments", "taken", "clusters"}
+    numbers = [row for record in steps(whole, "selection") for row in record["selected"]]
+    assert len(state["taken"]) == len(numbers) == 60
 
 
 def test_tensorboard_continues_the_curves_of_a_resumed_run(flags, tmp_path):
