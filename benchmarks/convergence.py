@@ -295,6 +295,8 @@ def accuracy(run, flags: str) -> dict:
     """Scores of the trained adapter by eval_math.py, per cent of each task: strict ones, where they can be had."""
     folder = Path(run.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if run.args.model is None and run.args.lora_r:  # the adapter names OUTPUT/base, which the trainer's own loop writes
+        train_colm.demo_model(run.args, run.tokenizer).save_pretrained(folder / "base")
     final = train_colm.save_final(run)
     eval_math.main(["--model", str(final), "--output_dir", str(folder / "scores"), "--overwrite", *flags.split()])
     tasks = json.loads((folder / "scores" / "results.json").read_text())["tasks"]
@@ -474,6 +476,11 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} {getattr(own, name)} is out of range: give a positive number")
     for name in TAKEN.intersection(flags):
         raise UserError(f"{name} is not for train_colm.py here: see --help for the flags that settle it")
+    if own.accuracy:  # a bad flag is told before the first run, not after it
+        try:
+            eval_math.parse_args(["--model", own.work, *own.accuracy.split()])
+        except UserError as error:
+            raise UserError(f"--accuracy: {error}") from None
     cells, work = cells_of(own), Path(own.work)
     args = train_colm.parse_args([*flags, *(["--model", own.model] if own.model else [])])
     settings = {"model": own.model, "train_file": own.train_file, "held_out": own.held_out, "steps": own.steps}

@@ -321,18 +321,22 @@ def test_two_processes(work):
     assert all(run["steps"] == 1 and not run["diverged"] and "accuracy" not in run for run in runs)
 
 
-def test_scores(work):
-    """Each adapter answers questions, by eval_math.py."""
-    args = train_colm.parse_args(["--output_dir", str(work)])
-    tokenizer, model = load_tokenizer(args), str(work / "model")
-    train_colm.demo_model(args, tokenizer).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    questions = work / "sums.json"
+@pytest.mark.parametrize("kind", ["tiny adapter", "tiny model", "adapter of a named model"])
+def test_scores(tmp_path, kind):
+    """What was trained answers questions, by eval_math.py: an adapter finds its base, the trainer's tiny model too."""
+    flags = ["--lora_r", "0"] if kind == "tiny model" else []
+    if kind == "adapter of a named model":
+        args = train_colm.parse_args(["--output_dir", str(tmp_path), "--seed", "3"])
+        tokenizer, model = load_tokenizer(args), str(tmp_path / "model")
+        train_colm.demo_model(args, tokenizer).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        flags = ["--model", model]
+    questions = tmp_path / "sums.json"
     questions.write_text(json.dumps([{"question": "What is 1 + 1?", "answer": 2}]))
-    command = f"{FLAGS} --steps 1 --work {work} --output {work / 'scores.json'} --model {model}".split()
-    command += ["--accuracy", f"--tasks {questions} --max_new_tokens 2", "--learning_rates", "1e-3"]
+    command = [*FLAGS.split(), *flags, "--steps", "1", "--work", str(tmp_path), "--learning_rates", "1e-3"]
+    command += ["--output", str(tmp_path / "scores.json"), "--accuracy", f"--tasks {questions} --max_new_tokens 2"]
     assert convergence.main([*command, "--settings", "random_keep"]) == 0
-    (run,) = json.loads((work / "scores.json").read_text())["runs"]
+    (run,) = json.loads((tmp_path / "scores.json").read_text())["runs"]
     assert run["accuracy"] == {"sums": 0.0} and "per example | sums |" in convergence.tables([run])
 
 
@@ -349,6 +353,8 @@ def test_scores(work):
         ("--no_such_flag 1", "no_such_flag"),
         ("--seed 1", "--seed is not for train_colm.py here"),
         ("--learning_rate 1", "--learning_rate is not for train_colm.py here"),
+        ("--accuracy=--nothing", "--accuracy: .*--nothing"),
+        ("--accuracy=--mode=pot", "--accuracy: --mode pot runs programs"),
     ],
 )
 def test_bad_flags(tmp_path, flags, message):
