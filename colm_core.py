@@ -543,12 +543,12 @@ def tf_idf(ids: Tensor, offsets: Tensor) -> Bags:
         row = torch.arange(len(edges) - 1).repeat_interleave(edges.diff())
         pair, count = (row * vocabulary + ids[edges[0] : edges[-1]]).unique(return_counts=True)  # ordered by row
         tokens.append((pair % vocabulary).int())
-        counts.append(count)
+        counts.append(count.float())
         sizes.append(torch.bincount(pair // vocabulary, minlength=len(edges) - 1))
     tokens, counts, sizes = torch.cat(tokens), torch.cat(counts), torch.cat(sizes)
     rows_with = torch.bincount(tokens, minlength=vocabulary)  # [vocabulary]
     weights = counts * (rows / rows_with).log()[tokens]  # [entries] float32
-    row = torch.arange(rows).repeat_interleave(sizes)  # [entries]
+    row = torch.arange(rows, dtype=torch.int32).repeat_interleave(sizes)  # [entries], half the memory of int64
     norms = torch.zeros(rows).index_add_(0, row, weights.square()).sqrt()
     return Bags(tokens, weights / norms.clamp_min(1e-30)[row], F.pad(sizes.cumsum(0), (1, 0)), vocabulary)
 
@@ -568,11 +568,11 @@ def cosines(bags: Bags, rows: Tensor, others: Tensor) -> Tensor:
 
 
 def fresh_first(order: Tensor, sources: Tensor, k: int, seen: Tensor, alike: Tensor) -> Tensor:
-    """Positions [k] in a pool: of each source as many as the first k of `order` have, but rows that were seen last.
+    """Positions [k] in a pool: of each source as many as the first k of `order` have, unseen rows before seen ones.
 
-    `order` [N] are all positions in a random order, `sources` [N] integers. Seen are rows that resemble one taken in an
-    earlier step, `seen` [N], or in this one, `alike` [N, N]; both bool. Where no row is, the first k of `order` are
-    taken. ValueError if k is not in 0..N.
+    `order` [N] are all positions in a random order, `sources` [N] integers. A row is seen if it resembles one taken in
+    an earlier step (`seen` [N] bool) or one already taken in this step (`alike` [N, N] bool, which rows resemble each
+    other). Where no row is seen, the result is the first k of `order`. ValueError if k is not in 0..N.
     """
     if not 0 <= k <= len(order):
         raise ValueError(f"k = {k} of a pool of {len(order)}: k must lie in 0..{len(order)}")
