@@ -1991,17 +1991,18 @@ def announce(run: Run) -> None:
     args, data = run.args, run.train
     say = run.accelerator.print
     counts = torch.bincount(data.sources, minlength=len(data.names))
+    sources = int(counts.count_nonzero())  # --drop_copies may leave some without rows
     small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"
-    say(f"{len(data)} rows of {len(data.names)} sources; {kept_how(args)}: {small}")
+    say(f"{len(data)} rows of {sources} sources; {kept_how(args)}: {small}")
     if args.selection not in KEEPING:
         return
     share = sum(counts[sorted(run.keep)].tolist()) / len(data)
     share *= args.keep_share + (1 - args.keep_share) * args.coreset_size / args.pool_size
     if share * args.pool_size > args.coreset_size:
         say(f"they fill {share:.0%} of a pool: most coresets will be a random part of them alone")
-    if len(data.names) > args.coreset_size:
+    if sources > args.coreset_size:
         say(
-            f"{len(data.names)} sources outnumber the {args.coreset_size} examples of a coreset: in a step most big "
+            f"{sources} sources outnumber the {args.coreset_size} examples of a coreset: in a step most big "
             "sources get none or one, drawn at random; a coarser --source_field or --cluster_sources would say more"
         )
 

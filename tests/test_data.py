@@ -1567,6 +1567,11 @@ def test_a_source_of_copies_alone_is_no_source(demo_tokenizer, tmp_path, capsys)
     assert [data.names[q] for q in keep] == ["c"]
     assert [data.names[q] for q in data.sources.tolist()] == ["a"] * 8 + ["c"] * 5
     assert "no row is left of b, d" in capsys.readouterr().out
+    args = parse_args([*flags, "--pool_size", "2"])
+    run = SimpleNamespace(args=args, train=data, keep=keep, accelerator=SimpleNamespace(print=print))
+    train_colm.announce(run)
+    out = capsys.readouterr().out
+    assert "13 rows of 2 sources" in out and "2 sources outnumber the 1 examples" in out
     with pytest.raises(colm_data.UserError, match="exceeds the 13 usable rows .* 4 are copies"):
         train_colm.load_data(parse_args([*flags, "--pool_size", "14"]), demo_tokenizer, show=False)
 
