@@ -1077,7 +1077,7 @@ class _Wider(TorchFunctionMode):
         if self.suspended or "out" in kwargs:
             return func(*args, **kwargs)
         # 4-bit weights of bitsandbytes: their bits may be stored as if they were bf16 numbers, and stay as they are.
-        packed = any(type(x).__name__ == "Params4bit" for x in _tensors(args))
+        packed = any(type(x).__name__ == "Params4bit" for x in args)
         if packed or getattr(func, "namespace", "") == "bitsandbytes":
             if self.dtype == torch.float64:
                 raise TypeError("no kernel multiplies 4-bit weights in float64")

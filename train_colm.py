@@ -285,7 +285,7 @@ class Run:
     probe: VProjectionProbe | None  # None where --selection needs none
     labelled_logits: LabelledLogits
     moments: AdamMoments
-    bags: Bags | None  # of the training rows, for --selection fresh
+    bags: Bags | None  # of the training rows, on the main process, for --selection fresh
     trained: list[torch.nn.Parameter]  # the adapters, or all weights with --lora_r 0
     modules: list[torch.nn.Module]  # all of the model's, for `set_training`
     settings: dict = field(default_factory=dict)  # what a run that resumes must have in common with this one
@@ -414,7 +414,7 @@ def choose_coreset(run: Run, pool: Tensor, step: int, clock: Clock) -> Choice:
     kept = thinned(run, small, step)  # [N]
     left_out = small & ~kept  # [N]
 
-    # 2. Baselines: the whole pool, or a uniform draw in which kept examples come first.
+    # 2. Choices without a probe: the whole pool, or a uniform draw in which kept examples come first.
     if selection == "full":
         return uniform_choice(run, pool, torch.arange(len(pool)), kept)
     if selection == "fresh":
@@ -489,12 +489,14 @@ def fresh_choice(run: Run, pool: Tensor, small: Tensor, kept: Tensor, k: int, ge
     left_out = small & ~kept  # by --keep_share: they may stand in for rows of their source
     order = draw_uniformly(~left_out, kept, len(pool), generator)
     order = torch.cat([order, left_out.nonzero()[:, 0]])  # [N]; a pool is in a random order
-    others = torch.cat([run.taken, pool])
-    alike = cosines(run.bags, pool, others) >= ALIKE  # [N, taken + N]
-    alike &= pool[:, None] != others  # in a later epoch a row is no copy of itself
-    before, now = alike.split([len(run.taken), len(pool)], 1)
-    index = fresh_first(order, run.train.sources[pool], k, before.any(1), now)
-    index = run.broadcast(index)  # unlike processors may round differently: the main process' is the one that counts
+    index = torch.zeros(k, dtype=torch.long)
+    if run.bags is not None:  # on the main process: unlike processors might round to other choices
+        others = torch.cat([run.taken, pool])
+        alike = cosines(run.bags, pool, others) >= ALIKE  # [N, taken + N]
+        alike &= pool[:, None] != others  # in a later epoch a row is no copy of itself
+        before, now = alike.split([len(run.taken), len(pool)], 1)
+        index = fresh_first(order, run.train.sources[pool], k, before.any(1), now)
+    index = run.broadcast(index)
     choice = uniform_choice(run, pool, index, kept)
     choice.kept = small & (choice.weight > 0)  # those that stood in are among them
     choice.passed_over = int((choice.weight[order[:k]] == 0).sum())
@@ -1454,7 +1456,7 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     if found is not None:
         probe = VProjectionProbe(inner, found=found)
     bags = None
-    if args.selection == "fresh":
+    if args.selection == "fresh" and accelerator.is_main_process:  # which chooses for all
         bags = tf_idf(train.ids, torch.tensor(train.offsets))  # 2 s for 262,000 rows
     run = Run(
         args=args,
@@ -1554,7 +1556,7 @@ def hash_dropout(run: Run, layers: torch.nn.ModuleList) -> None:
     generator = generator_of(run.args.seed, "dropout modules")
     for module in layers.modules():
         if type(module) is torch.nn.Dropout and module.p > 0:
-            module.__class__ = HashedDropout  # in its place, under its name
+            module.__class__ = HashedDropout  # in its place: its parent and `run.modules` go on holding it
             module.seed = seed
             module.own_seed = torch.randint(2**31 - 1, (2,), generator=generator, dtype=torch.int32).to(run.device)
 
