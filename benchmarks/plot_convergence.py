@@ -46,10 +46,7 @@ def draw_losses(plt, groups: list[list[dict]], budget: str, path: Path) -> None:
             axes[row][column].title.set_size(9)
             axes[row][column].xaxis.label.set_size(8)
             axes[row][column].grid(alpha=0.3)
-    handles = {}
-    for axis in axes.flat:
-        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    legend_below(figure, axes, 4)
     save(plt, figure, path)
 
 
@@ -57,20 +54,31 @@ def draw_taken(plt, groups: list[list[dict]], path: Path) -> None:
     panels = list(dict.fromkeys((group[0]["regime"], mark) for group in groups for mark in group[0]["taken"]))
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), squeeze=False, layout="constrained")
+    settings = list(dict.fromkeys(group[0]["setting"] for group in groups))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), squeeze=False, layout="constrained")
     for (regime, mark), axis in zip(panels, axes[0], strict=True):
         for group in groups:
             if group[0]["regime"] != regime:
                 continue
             shares = list(zip(*(run["taken"][mark] for run in group), strict=True))  # [8][seeds]
             if not any(None in seeds for seeds in shares):
-                axis.plot(range(1, 9), summary(shares)[0], marker="o", ms=3, label=group[0]["setting"])
+                setting = group[0]["setting"]
+                color = f"C{settings.index(setting) % 10}"
+                axis.plot(range(1, 9), summary(shares)[0], color=color, marker="o", ms=3, label=setting)
         axis.set(title=f"{regime}: share of {mark} among rows not kept", xlabel="eighth of the run")
         axis.title.set_size(9)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
+    legend_below(figure, axes, 3 * len(panels))
     save(plt, figure, path)
+
+
+def legend_below(figure, axes, columns: int) -> None:
+    """One legend for all panels: each setting has one colour in all of them."""
+    handles = {}
+    for axis in axes.flat:
+        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=7)
 
 
 def save(plt, figure, path: Path) -> None:
