@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments: -"):
             given = message.split()[2].split("=")[0]
-            for name in difflib.get_close_matches(given, self.flags(), 1):
+            for name in difflib.get_close_matches(given, self.flags(), 1, 0.75):  # --lr is far from --lora_r
                 message += f" (did you mean {name}?)"
         raise UserError(f"{message}: see {self.prog} --help")
 

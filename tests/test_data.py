@@ -1293,7 +1293,7 @@ def test_a_bad_yaml_file_is_refused(refused, tmp_path, text, words):
         ("--pool_size 32 --coreset_size 60", ["--coreset_size 60 exceeds --pool_size 32: lower it to 32 or less"]),
         ("--pool", ["--pool", "unrecognized", "--help"]),
         ("--learning_rates 1", ["--learning_rates 1 (did you mean --learning_rate?): see train_colm.py --help"]),
-        ("--zzz", ["unrecognized arguments: --zzz: see train_colm.py --help"]),
+        ("--lr 1", ["unrecognized arguments: --lr 1: see train_colm.py --help"]),
         ("--pool_size", ["--pool_size", "expected one argument"]),
         ("--pool_size 1.5", ["--pool_size", "'1.5'", "int"]),
         ("--coreset_size 0", ["--coreset_size 0", "positive"]),
