@@ -54,8 +54,8 @@ def one_process(tensor: Tensor) -> Tensor:
 
 def small_sources(counts: Mapping[Hashable, int]) -> set:
     """Sources with fewer than |V| / c training examples (below the mean size): all their examples are kept (4.1)."""
-    total = sum(counts.values())
-    c = len(counts) - [*counts.values()].count(0)  # what has no examples is no source, and would lower the mean
+    total = sum(counts.values())  # |V|
+    c = sum(count > 0 for count in counts.values())  # what has no examples is no source, and would lower the mean
     small = set()
     for source, count in counts.items():
         if 0 < count * c < total:  # count < |V| / c, without rounding
@@ -96,7 +96,8 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """L_i = mean of -log p over example i's supervised tokens, [C, B] in nats, in one `model(...)`.
 
     `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
-    where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
+    where a token carries no loss. An example without any label has loss 0, where a mean of nothing would be NaN and
+    spoil the mean over the coreset. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
     """
     inputs = {"input_ids": batch["input_ids"]}
     if "attention_mask" in batch:  # without one no row is padded, or all are on the right
@@ -107,7 +108,8 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # bf16 would round the losses
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
     sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
-    return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
+    supervised = (labels != -100).sum(1)  # [B]
+    return sums / supervised.clamp_min(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
 
 
 def spsa_gradients(derivatives: Tensor, z: Tensor) -> Tensor:
@@ -190,7 +192,6 @@ class VProjectionProbe:
         `losses()` runs the model on a micro-batch and returns the losses of its n examples in all copies, [C, n]
         (`example_losses`). Returns [n, directions]; `spsa_gradients` makes gradients of them.
 
-
         `z` is [directions, d_v, r]. No weight is written: B + eps z adds eps (scaling A x) z^T to V, and so does a
         hook. `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 ->
         float64): in the model's own, the difference of two nearly equal losses is mostly rounding.
@@ -228,16 +229,15 @@ class VProjectionProbe:
             return output.index_add(-1, self._rows_on(output.device), change.to(output.dtype))
 
         def run_layer(*args, **kwargs):
-            fresh = Tensor.clone  # every copy gets inputs of its own: a layer may write into them
             if wide_tail:  # DIFFERS 6: from here until the forward of the model returns
                 mode = now.tail.enter_context(_wider_precision((args, kwargs)))
                 for module in self._gathered:
                     now.tail.enter_context(_unwidened_gathering(module, mode))
-                fresh = mode.widened
             outputs = []
             for shift in shifts:
                 now.shift = shift  # for the hook on V, which the layer runs
-                own_args, own_kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+                # every copy gets inputs of its own, wide ones in a wide tail: a layer may write into them
+                own_args, own_kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
                 outputs.append(layer_forward(*own_args, **own_kwargs))
             return _stacked(outputs)
 
@@ -395,6 +395,7 @@ def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
 
     L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8); l2 and cosine are options.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would make ties of most distances
     if metric == "cosine":
         x = F.normalize(x, dim=1)
         return x @ x.T
@@ -419,11 +420,14 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
     Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
     earlier medoid wins a tie, and every medoid serves itself). A row that none serves counts 0, as in the official
     code. `scale` is the size of what was rounded when the similarities were computed, by default the largest of them.
+    ValueError if k is not in 0..N, or a similarity is not finite: no gain would be largest, and one row picked k times.
     """
     n = len(similarity)
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
     similarity = similarity.detach().double()
+    if not similarity.isfinite().all():
+        raise ValueError("a similarity is not finite: leave the rows that make it so out, as `select_coreset` does")
     if k == 0:
         none = torch.zeros(0, dtype=torch.long, device=similarity.device)
         return none, none
@@ -603,8 +607,11 @@ def k_means(
     """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
 
     This rank holds `x` [n, d], the `rows` [n] of a data set of `total` rows. An empty cluster takes the row that lies
-    farthest from its own centre. `generator` is on the CPU and alike on all ranks.
+    farthest from its own centre. A row that is not finite counts as one at the mean of all. `generator` is on the CPU and
+    alike on all ranks. ValueError if `clusters` is not in 1..total.
     """
+    if not 1 <= clusters <= total:
+        raise ValueError(f"{clusters} clusters of {total} rows: clusters must lie in 1..{total}")
 
     def of_all_rows(values: Tensor) -> Tensor:
         """[n, ...] of this rank -> [total, ...] of all."""
@@ -618,7 +625,10 @@ def k_means(
         """Of this rank's rows from the present centres, [n, clusters]."""
         return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
-    x = x - all_reduce(x.sum(0)) / total  # hidden states have a large part in common, which would cost precision
+    broken = ~x.isfinite().all(1, keepdim=True)  # [n, 1]
+    x = x.masked_fill(broken, 0)  # one row that is not finite spoils no centre
+    common = all_reduce(x.sum(0)) / total  # [d]; hidden states have a large part in common, which would cost precision
+    x = (x - common).masked_fill(broken, 0)
 
     # k-means++: each further centre is a row, drawn with probability proportional to the square of its distance from
     # the nearest centre so far

@@ -60,6 +60,21 @@ def test_equal_points_and_as_many_clusters_as_points_leave_none_empty_without_ne
     assert len(set(k_means(apart, torch.arange(5), 5, clusters, seeded()).tolist())) == clusters
 
 
+@pytest.mark.parametrize("clusters", [0, 6])
+def test_more_clusters_than_rows_are_refused(clusters):
+    with pytest.raises(ValueError, match=rf"{clusters} clusters of 5 rows: clusters must lie in 1\.\.5"):
+        k_means(torch.randn(5, 2), torch.arange(5), 5, clusters, seeded())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_spoils_no_cluster(value):
+    x = points(4, 25)
+    x[17, 2] = value
+    owner = k_means(x, torch.arange(100), 100, 4, seeded())
+    sizes = torch.bincount(torch.cat([owner[:17], owner[18:]])).sort().values.tolist()
+    assert sizes == [24, 25, 25, 25] and 0 <= int(owner[17]) < 4
+
+
 def test_two_ranks_find_the_clusters_of_one():
     """Both ranks in threads; `reduce` adds up what they hand in."""
     from concurrent.futures import ThreadPoolExecutor

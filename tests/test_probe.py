@@ -179,6 +179,26 @@ def test_the_probed_rows_are_values(kind):
         assert not torch.allclose(outputs(others[row : row + 8])[0], attention)
 
 
+@pytest.mark.parametrize("wide_tail", [True, False])
+def test_copies_travel_together_through_a_layer_that_writes_into_its_input(wide_tail):
+    """What one copy wrote must not reach the next one: every copy has hidden states of its own."""
+    model = tiny_model("llama")
+    layer = model.get_submodule("base_model.model.model.layers.1")
+    own_forward = layer.forward
+
+    def writing(hidden_states, *args, **kwargs):
+        hidden_states.mul_(1.5)
+        return own_forward(hidden_states, *args, **kwargs)
+
+    layer.forward = writing
+    probed = Probed(model)
+    assert probed.probe.found.stackable and not probed.probe.found.cautions
+    z = probed.directions()
+    expected = probed.gradients(examples()) @ z.flatten(1).T
+    derivatives = probed.spsa(examples(), z, eps=1e-2, wide_tail=wide_tail)
+    assert error(derivatives, expected.double()) < 3e-3
+
+
 def test_the_scaling_of_the_adapter_counts():
     for scaling in (0.5, 3.0):
         model = tiny_model("llama")
