@@ -607,8 +607,8 @@ def k_means(
     """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
 
     This rank holds `x` [n, d], the `rows` [n] of a data set of `total` rows. An empty cluster takes the row that lies
-    farthest from its own centre. A row that is not finite counts as one at the mean of all. `generator` is on the CPU and
-    alike on all ranks. ValueError if `clusters` is not in 1..total.
+    farthest from its own centre. A row that is not finite counts as one at the mean of all. `generator` is on the CPU
+    and alike on all ranks. ValueError if `clusters` is not in 1..total.
     """
     if not 1 <= clusters <= total:
         raise ValueError(f"{clusters} clusters of {total} rows: clusters must lie in 1..{total}")

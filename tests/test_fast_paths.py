@@ -1,5 +1,9 @@
 """What makes a step fast must not change it: compiled layers and packed rows against the plain ones."""
 
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -235,6 +239,19 @@ def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_
         assert len(kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
         counts[share] = len(kept)
     assert counts["0"] < counts["0.5"] < counts["1"] == len(small)
+
+
+@pytest.mark.parametrize("share", ["0", "0.1", "0.7"])
+def test_keep_share_is_not_rounded_up_by_floating_point(share):
+    """K of N rows of N small ones are K: 7 / 100 * 100 is 7.000000000000001 in floating point."""
+    for pool, k in ((100, 7), (25, 7), (128, 64), (10, 3)):
+        for n in (1, 3, pool):
+            small = torch.arange(pool) < n
+            run = SimpleNamespace(args=SimpleNamespace(keep_share=float(share), coreset_size=k, seed=0))
+            s = Fraction(share)
+            expected = math.ceil(n * (s + (1 - s) * Fraction(k, pool)))
+            kept = train_colm.thinned(run, small, 0)
+            assert int(kept.sum()) == expected and not (kept & ~small).any()
 
 
 def test_ranks_take_the_fresh_rows_of_the_main_process(tmp_path, monkeypatch):

@@ -538,6 +538,32 @@ def test_a_projection_that_runs_twice_is_refused():
         VProjectionProbe(Reused(), "wow")
 
 
+class Looping(Unknown):
+    """A layer that runs twice before the probed one."""
+
+    def forward(self, input_ids, use_cache=False):
+        first, last = self.blocks
+        x = last(first(first(self.embed(input_ids))))
+        return SimpleNamespace(logits=self.out(self.norm(x)))
+
+
+def test_a_layer_in_a_loop_is_not_remembered():
+    """Where copies run one by one, what it returned in one round must not be taken for another round's."""
+    torch.manual_seed(0)
+    model = Looping()
+    found = find_v_projection(model, "wow")
+    assert found.before == 0
+    ids = examples([(9, 1)])[0][0][None]
+    probe = VProjectionProbe(model, found=found._replace(stackable=False))
+    z = torch.randn(2, *probe.shape, generator=torch.Generator().manual_seed(4))
+
+    def losses() -> Tensor:
+        return example_losses(model, {"input_ids": ids, "labels": ids})
+
+    exact = (probe.gradients(losses) @ z.flatten(1).T).double()
+    assert error(probe.spsa(losses, z), exact) < 1e-4
+
+
 def test_a_projection_that_no_longer_runs_is_an_error_and_not_zero():
     probed = Probed(tiny_model("llama"))
     probed.probe.layer.self_attn.v_proj = nn.Linear(32, 32)  # the probe still holds the one that was there

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
@@ -671,6 +672,32 @@ def test_the_picture_of_a_run_follows_it(flags, tmp_path):
     pytest.importorskip("matplotlib")
     assert train(flags(tmp_path, "--report_to png --eval_every 2 --max_steps 3")) == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG") and not [*tmp_path.glob("tmp-*")]
+
+
+@pytest.mark.parametrize("evaluated", [["left", "right"], []])
+def test_the_picture_shows_every_held_out_source_and_needs_none(tmp_path, evaluated):
+    """Clustered training rows have sources of other names; without --eval_file there is nothing to show."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    folder, drawn = tmp_path / "out", []
+    files = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, sources in zip(files, (["all"], evaluated), strict=True):
+        rows = [{"source": source, "prompt": f"w{i}", "completion": "w1"} for source in sources for i in range(12)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "--pool_size 8 --coreset_size 4 --max_steps 2 --cluster_sources 2 --cluster_warmup 1 --lora_r 2"
+    argv = [*text.split(), "--report_to", "png", "--train_file", str(files[0]), "--output_dir", str(folder)]
+    if evaluated:
+        argv += ["--eval_file", str(files[1])]
+
+    def save(figure, *args, **kwargs):
+        drawn.append([line.get_label() for line in figure.axes[1].lines])
+        Path(args[0]).touch()
+
+    with mock.patch.object(Figure, "savefig", save), own_signals(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="No artists with labels")
+        train_colm.main(argv)
+    assert drawn[-1] == evaluated
 
 
 def test_kill_9_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(flags, tmp_path):
