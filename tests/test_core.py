@@ -244,12 +244,13 @@ def test_similarities_that_are_not_finite_are_refused(value, place):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_medoids_of_half_precision_are_not_chosen_by_its_rounding(dtype):
-    x = normal(53, 13).to(dtype)
-    coreset = select_coreset(x, torch.zeros(53), 12)
-    assert torch.equal(coreset.index, select_coreset(x.double(), torch.zeros(53), 12).index)
-    similarity = pairwise_similarity(x.float()).to(dtype)
-    index, weight = facility_location(similarity, 12)
-    assert (index.tolist(), weight.tolist()) == naive.facility_location(similarity.tolist(), 12)
+    for seed in range(5):
+        x = normal(123, 13, seed=seed).to(dtype)
+        coreset = select_coreset(x, torch.zeros(123), 12)
+        assert torch.equal(coreset.index, select_coreset(x.double(), torch.zeros(123), 12).index)
+        similarity = pairwise_similarity(x).to(dtype)
+        index, weight = facility_location(similarity, 12)
+        assert (index.tolist(), weight.tolist()) == naive.facility_location(similarity.tolist(), 12)
 
 
 @pytest.mark.parametrize(("n", "dims"), [(1, 7), (7, 53), (53, 123), (123, 7)])

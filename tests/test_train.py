@@ -995,7 +995,8 @@ def test_running_out_of_gpu_memory_is_told_in_one_line(flags, refused, tmp_path)
         refused(flags(tmp_path), "--max_tokens_per_micro_batch 600", "lower it", "--resume auto")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path):
+@pytest.mark.parametrize("saving", ["--save_every 2", "--save_every 0"])  # the checkpoint is there already, or is not
+def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path, saving):
     original = train_colm.accumulate_gradients
 
     def broken_at_step_3(run, pool, choice, step):
@@ -1003,8 +1004,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whol
 
     with mock.patch.object(train_colm, "accumulate_gradients", broken_at_step_3):
         words = "loss nan", "step 3", "--learning_rate", str(tmp_path / "checkpoint-000002")
-        refused(flags(tmp_path, DROPOUT), *words)
+        refused(flags(tmp_path, DROPOUT, saving), *words)
     assert len(losses(tmp_path)) == 2
+    state = torch.load(tmp_path / "checkpoint-000002" / "state.pt", weights_only=True)
+    assert state["moments"]["updates"] == 2 and len(state["taken"]) == 20  # nothing of the coreset that failed
     assert train(flags(tmp_path, DROPOUT, "--resume auto")) == 0
     assert_identical(tmp_path, whole)
 
