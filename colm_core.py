@@ -19,6 +19,10 @@ trainer; a step in your own loop reads
     batch = {name: tensor[coreset.index] for name, tensor in pool.items()}
     example_losses(model, batch).mean().backward()
 
+A pool too large for one forward is probed in parts: g is the `torch.cat` of what `gradients` returns for each. A
+checkpoint also needs `moments.state_dict()`. Messages speak of train_colm.py's flags: --probe_module is the argument
+`module_name` of the probe, --probe grad its method `gradients`.
+
 Symbols: N pool size, K coreset size, B rows and T tokens of a micro-batch, n its examples (B, unless rows are packed)
 or the rows of one source, D probed numbers (V rows x LoRA rank), h kept coordinates, S sources, C copies of a batch. A
 comment `DIFFERS n` stands on a line that departs from the paper or its official code; the README gives the reason under
@@ -354,6 +358,7 @@ class AdamMoments:
         return self.m, self.v
 
     def state_dict(self) -> dict:
+        """The history, for a checkpoint; betas and eps are the caller's."""
         return {"m": self.m, "v": self.v, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
@@ -530,8 +535,9 @@ class Bags(NamedTuple):
         """Tokens and weights [e] of `rows` [n] end to end, and how many are of each, [n]."""
         sizes = self.offsets.diff()[rows]
         starts = sizes.cumsum(0) - sizes  # [n] where each row begins in what is returned
-        shift = (self.offsets[rows] - starts).repeat_interleave(sizes)  # [e]
-        entry = torch.arange(len(shift)) + shift  # [e]
+        # a row's entries lie as far apart here as there: one distance for each row leads from a place to its entry
+        distance = (self.offsets[rows] - starts).repeat_interleave(sizes)  # [e]
+        entry = torch.arange(len(distance)) + distance  # [e]
         return self.tokens[entry], self.weights[entry], sizes
 
 
@@ -544,8 +550,9 @@ def tf_idf(ids: Tensor, offsets: Tensor) -> Bags:
     tokens, counts, sizes = [], [], []
     for first in range(0, rows, 1024):  # few rows at a time: sorting is fast while it fits in the cache
         edges = offsets[first : first + 1025]
-        row = torch.arange(len(edges) - 1).repeat_interleave(edges.diff())
-        pair, count = (row * vocabulary + ids[edges[0] : edges[-1]]).unique(return_counts=True)  # ordered by row
+        row = torch.arange(len(edges) - 1).repeat_interleave(edges.diff())  # the row of each token
+        # one number for a row and a token; the different ones come out ordered by row
+        pair, count = (row * vocabulary + ids[edges[0] : edges[-1]]).unique(return_counts=True)
         tokens.append((pair % vocabulary).int())
         counts.append(count.float())
         sizes.append(torch.bincount(pair // vocabulary, minlength=len(edges) - 1))
@@ -884,8 +891,8 @@ def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[n
     problem = f"none of {len(modules)} projections becomes the value of a softmax attention"
     for attention in reversed(ran.attentions):
         in_value = _channels_reaching((attention.value,), leaves)
-        if not any(map(Tensor.any, in_value)):
-            continue
+        if not any(channels.any() for channels in in_value):
+            continue  # its value comes from no projection, or from none that was named
         in_others = _channels_reaching(attention.others, leaves)
         for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
             if value.any() and not (value & others).any():

@@ -1897,7 +1897,7 @@ def check_settings(args, settings: dict, checkpoint: Path) -> None:
 
 
 def check_extension(args, before: int, done: int) -> None:
-    """A run may be made longer if its steps to come, as its last ones done, do not depend on its length."""
+    """A run can be made longer where its length no longer matters: at a constant rate, past the warm-up."""
     if args.lr_scheduler != "constant":
         raise UserError(
             f"--max_steps {args.max_steps} is more than the {before} of the run, whose {args.lr_scheduler} schedule "
@@ -1995,7 +1995,6 @@ def kept_how(args) -> str:
 def announce(run: Run) -> None:
     """What a reader wants to know before the first step."""
     args, data = run.args, run.train
-    say = run.accelerator.print
     counts = torch.bincount(data.sources, minlength=len(data.names))
     sources = int(counts.count_nonzero())  # --drop_copies may leave some without rows
     small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"
