@@ -254,6 +254,31 @@ def test_keep_share_is_not_rounded_up_by_floating_point(share):
             assert int(kept.sum()) == expected and not (kept & ~small).any()
 
 
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ("--probe grad", 1400),  # twice --max_tokens_per_micro_batch, which is 700: no layer keeps its activations
+        ("--probe grad --gradient_checkpointing", 700),
+        ("--num_directions 1", 1400),
+        ("--num_directions 8", 175),  # the head sees two copies of a row for each direction
+        ("--num_directions 9999", 1),
+    ],
+)
+def test_the_probe_holds_no_more_tokens_than_memory_has_room_for(tmp_path, monkeypatch, flags, tokens):
+    run = one_run(tmp_path, *flags.split())
+    pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0)
+    asked = []
+
+    def plan(lengths, max_tokens, ranks, packed):
+        asked.append(max_tokens)
+        raise InterruptedError  # before the model runs
+
+    monkeypatch.setattr(train_colm, "plan_micro_batches", plan)
+    with pytest.raises(InterruptedError):
+        train_colm.probe_pool(run, pool, torch.ones(len(pool), dtype=torch.bool), 0)
+    assert asked == [tokens]
+
+
 def test_ranks_take_the_fresh_rows_of_the_main_process(tmp_path, monkeypatch):
     """Unlike processors may round a cosine to both sides of ALIKE."""
     run = one_run(tmp_path, "--selection", "fresh")
