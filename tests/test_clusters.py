@@ -151,8 +151,16 @@ def run(folder, *flags: str) -> None:
     train_colm.cli([*FLAGS.split(), "--pool_size", "24", "--coreset_size", "12", "--output_dir", str(folder), *flags])
 
 
-def test_a_clustered_run_warms_up_at_random_then_keeps_small_clusters_and_goes_on_where_it_stopped(tmp_path):
+def test_a_clustered_run_warms_up_then_keeps_small_clusters_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    seeds = []
+
+    def seen(x, rows, total, clusters, generator, all_reduce):
+        seeds.append(generator.initial_seed())
+        return k_means(x, rows, total, clusters, generator, all_reduce)
+
+    monkeypatch.setattr(train_colm, "k_means", seen)
     run(tmp_path / "whole")
+    assert seeds == [train_colm.seed_of(0, "clusters", step) for step in (2, 4)]  # every clustering draws anew
     metrics = train_colm.read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [r["kept"] for r in metrics[:2]] == [0, 0] and [r["probe_s"] for r in metrics[:2]] == [0, 0]
     assert all(r["kept"] and r["probe_s"] for r in metrics[2:])
