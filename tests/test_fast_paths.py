@@ -10,6 +10,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 import train_colm
+from colm_batches import plan_micro_batches
 
 POOLS = 3
 DROPOUT = ("--lora_dropout", "0.5")
@@ -238,6 +239,7 @@ def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_
         n, k, s = len(pool), run.args.coreset_size, float(share)
         assert len(kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
         counts[share] = len(kept)
+        assert choice.skipped_probes == 0  # rows that are left out were not probed
     assert counts["0"] < counts["0.5"] < counts["1"] == len(small)
 
 
@@ -252,6 +254,14 @@ def test_keep_share_is_not_rounded_up_by_floating_point(share):
             expected = math.ceil(n * (s + (1 - s) * Fraction(k, pool)))
             kept = train_colm.thinned(run, small, 0)
             assert int(kept.sum()) == expected and not (kept & ~small).any()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_padded_examples_are_dealt_there_and_back(ranks):
+    """Dealt in one direction alone, the first rank would get the longest example of every turn."""
+    plan = plan_micro_batches([*range(1, 65)], 200, ranks, packed=False)
+    tokens = [sum(i + 1 for micro_batch in micro_batches for i in micro_batch) for micro_batches in plan]
+    assert tokens == [64 * 65 // 2 // ranks] * ranks
 
 
 @pytest.mark.parametrize(

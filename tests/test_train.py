@@ -631,6 +631,8 @@ def test_a_finished_run_with_a_constant_rate_can_be_extended(flags, tmp_path, re
     warm = constant + " --warmup_ratio 0.5"
     assert train(flags(tmp_path / "warm", warm, "--max_steps 4")) == 0
     refused(flags(tmp_path / "warm", warm, "--max_steps 90 --resume auto"), "--max_steps 90", "warm-up", "4 steps done")
+    resume = f"--max_steps 6 --resume {tmp_path}/warm/checkpoint-000002"  # 3 steps of warm-up after 2 of 4 steps
+    refused(flags(tmp_path / "warm", warm, resume), "--max_steps 6", "warm-up", "2 steps done")
 
 
 def test_a_checkpoint_is_an_adapter_that_peft_loads(whole, inputs):
