@@ -256,6 +256,42 @@ def test_keep_share_is_not_rounded_up_by_floating_point(share):
             assert int(kept.sum()) == expected and not (kept & ~small).any()
 
 
+@pytest.mark.parametrize(("probe", "packing"), [("grad", "--packing"), ("spsa", "--no-packing")])
+def test_stand_ins_count_for_nothing(tmp_path, monkeypatch, probe, packing):
+    """A rank that runs out of examples runs one beside the others' last micro-batch, with no trace in any result."""
+    run = one_run(tmp_path, "--probe", probe, packing)
+    run.held_out = train_colm.load_data(run.args, run.tokenizer, show=False)[1]
+    pool, original = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0), train_colm.plan_micro_batches
+    by_length = torch.tensor([run.train.length(row) for row in pool.tolist()]).argsort()
+    probed = torch.zeros(len(pool), dtype=torch.bool)
+    probed[by_length[1:20]] = True
+
+    def results() -> list[torch.Tensor]:
+        gradients = train_colm.probe_pool(run, pool, probed, 0)
+        assert torch.equal(gradients.held, probed)
+        choice = train_colm.uniform_choice(run, pool, probed.nonzero()[:, 0], probed)
+        loss = train_colm.accumulate_gradients(run, pool, choice, 0)
+        trained = torch.cat([p.grad.flatten() for p in run.trained])
+        run.optimizer.zero_grad()
+        losses = train_colm.evaluate(run)
+        per_source = torch.tensor([*losses.pop("eval_loss_of").values()])
+        return [gradients.values, loss, trained, torch.tensor([*losses.values()]), per_source]
+
+    without = results()
+    monkeypatch.setattr(train_colm, "plan_micro_batches", lambda *args: [[*mine, []] for mine in original(*args)])
+    for a, b in zip(without, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+    def k_means(states, rows, *_):
+        assert len(states) == len(rows) and torch.equal(rows.sort().values, torch.arange(len(run.train)))
+        return rows
+
+    monkeypatch.setattr(train_colm, "k_means", k_means)
+    monkeypatch.setattr(train_colm, "use_clusters", lambda run, clusters: None)
+    run.train = run.held_out  # fewer rows to cluster
+    train_colm.cluster_rows(run, 0)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_padded_examples_are_dealt_there_and_back(ranks):
     """Dealt in one direction alone, the first rank would get the longest example of every turn."""
