@@ -1,16 +1,18 @@
 """What makes a step fast must not change it: compiled layers and packed rows against the plain ones."""
 
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from models import tiny_model
 from torch._dynamo.utils import counters
 
 import train_colm
-from colm_batches import plan_micro_batches
+from colm_batches import LabelledLogits, PackingCheck, plan_micro_batches
 
 POOLS = 3
 DROPOUT = ("--lora_dropout", "0.5")
@@ -290,6 +292,28 @@ def test_stand_ins_count_for_nothing(tmp_path, monkeypatch, probe, packing):
     monkeypatch.setattr(train_colm, "use_clusters", lambda run, clusters: None)
     run.train = run.held_out  # fewer rows to cluster
     train_colm.cluster_rows(run, 0)
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_the_check_sees_what_passes_from_one_packed_example_to_the_next(leaky):
+    """By comparing equal shapes: where half precision hides the other differences, this one is left."""
+    model = tiny_model("llama")
+
+    def recurrent(module, args, x):
+        state, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = 0.9 * state + x[:, t]
+            states.append(state)
+        return x + 0.3 * torch.stack(states, 1)
+
+    if leaky:  # a state that nobody resets where the next example begins
+        model.get_input_embeddings().register_forward_hook(recurrent)
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 97, (20 + i,), generator=g) for i in range(7)]
+    check = PackingCheck(model, LabelledLogits(model), nullcontext, 1000, 64, torch.float32)
+    found = check.differences(rows, packed=True)
+    assert found.problem == "" and found.ahead <= train_colm.AHEAD
+    assert (found.leaks > 100 * train_colm.LEAKS) == leaky and (found.leaks == 0) != leaky
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
