@@ -398,8 +398,10 @@ class Differences(NamedTuple):
 
 
 def check_rows(data: Sequence) -> list[Tensor]:
-    """Token ids of seven rows of TokenizedRows: the longest, where windows and positions show, three of middle length,
-    and the three shortest."""
+    """Token ids of seven rows of TokenizedRows: the longest, three of middle length, and the three shortest.
+
+    Windows and positions show in the longest; short neighbours share a packed row.
+    """
     places = []  # (length, data set, row) of every row
     for part, rows in enumerate(data):
         for i in range(len(rows)):

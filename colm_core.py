@@ -19,6 +19,10 @@ trainer; a step in your own loop reads
     batch = {name: tensor[coreset.index] for name, tensor in pool.items()}
     example_losses(model, batch).mean().backward()
 
+A pool too large for one forward is probed in parts: g is the `torch.cat` of what `gradients` returns for each. A
+checkpoint also needs `moments.state_dict()`. Messages speak of train_colm.py's flags: --probe_module is the argument
+`module_name` of the probe, --probe grad its method `gradients`.
+
 Symbols: N pool size, K coreset size, B rows and T tokens of a micro-batch, n its examples (B, unless rows are packed)
 or the rows of one source, D probed numbers (V rows x LoRA rank), h kept coordinates, S sources, C copies of a batch. A
 comment `DIFFERS n` stands on a line that departs from the paper or its official code; the README gives the reason under
@@ -54,8 +58,8 @@ def one_process(tensor: Tensor) -> Tensor:
 
 def small_sources(counts: Mapping[Hashable, int]) -> set:
     """Sources with fewer than |V| / c training examples (below the mean size): all their examples are kept (4.1)."""
-    total = sum(counts.values())
-    c = len(counts) - [*counts.values()].count(0)  # what has no examples is no source, and would lower the mean
+    total = sum(counts.values())  # |V|
+    c = sum(count > 0 for count in counts.values())  # what has no examples is no source, and would lower the mean
     small = set()
     for source, count in counts.items():
         if 0 < count * c < total:  # count < |V| / c, without rounding
@@ -96,7 +100,8 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """L_i = mean of -log p over example i's supervised tokens, [C, B] in nats, in one `model(...)`.
 
     `batch` is what most training loops have: input_ids, attention_mask and labels, each [B, T], with labels of -100
-    where a token carries no loss. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
+    where a token carries no loss. An example without any label has loss 0, where a mean of nothing would be NaN and
+    spoil the mean over the coreset. C = 1, or the number of perturbed copies inside `VProjectionProbe.spsa`.
     """
     inputs = {"input_ids": batch["input_ids"]}
     if "attention_mask" in batch:  # without one no row is padded, or all are on the right
@@ -107,7 +112,8 @@ def example_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # bf16 would round the losses
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(copies, 1).flatten(), reduction="none")
     sums = losses.view(copies, *labels.shape).sum(2)  # [C, B]; cross_entropy is 0 where the label is -100
-    return sums / (labels != -100).sum(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
+    supervised = (labels != -100).sum(1)  # [B]
+    return sums / supervised.clamp_min(1)  # DIFFERS 10: each example by its own tokens, not by the padded width
 
 
 def spsa_gradients(derivatives: Tensor, z: Tensor) -> Tensor:
@@ -190,7 +196,6 @@ class VProjectionProbe:
         `losses()` runs the model on a micro-batch and returns the losses of its n examples in all copies, [C, n]
         (`example_losses`). Returns [n, directions]; `spsa_gradients` makes gradients of them.
 
-
         `z` is [directions, d_v, r]. No weight is written: B + eps z adds eps (scaling A x) z^T to V, and so does a
         hook. `wide_tail` runs everything from the last layer on in the next wider precision (bf16 -> float32 ->
         float64): in the model's own, the difference of two nearly equal losses is mostly rounding.
@@ -228,16 +233,15 @@ class VProjectionProbe:
             return output.index_add(-1, self._rows_on(output.device), change.to(output.dtype))
 
         def run_layer(*args, **kwargs):
-            fresh = Tensor.clone  # every copy gets inputs of its own: a layer may write into them
             if wide_tail:  # DIFFERS 6: from here until the forward of the model returns
                 mode = now.tail.enter_context(_wider_precision((args, kwargs)))
                 for module in self._gathered:
                     now.tail.enter_context(_unwidened_gathering(module, mode))
-                fresh = mode.widened
             outputs = []
             for shift in shifts:
                 now.shift = shift  # for the hook on V, which the layer runs
-                own_args, own_kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+                # every copy gets inputs of its own, wide ones in a wide tail: a layer may write into them
+                own_args, own_kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
                 outputs.append(layer_forward(*own_args, **own_kwargs))
             return _stacked(outputs)
 
@@ -354,6 +358,7 @@ class AdamMoments:
         return self.m, self.v
 
     def state_dict(self) -> dict:
+        """The history, for a checkpoint; betas and eps are the caller's."""
         return {"m": self.m, "v": self.v, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
@@ -395,6 +400,7 @@ def pairwise_similarity(x: Tensor, metric: str = "l1") -> Tensor:
 
     L1 between sparsified, Adam-normalised gradients is the paper's metric (Eq. 8); l2 and cosine are options.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would make ties of most distances
     if metric == "cosine":
         x = F.normalize(x, dim=1)
         return x @ x.T
@@ -419,11 +425,14 @@ def facility_location(similarity: Tensor, k: int, scale: Tensor | None = None) -
     Returns `index` [k] in the order of picking and `weight` [k], how many of the N rows each medoid serves best (an
     earlier medoid wins a tie, and every medoid serves itself). A row that none serves counts 0, as in the official
     code. `scale` is the size of what was rounded when the similarities were computed, by default the largest of them.
+    ValueError if k is not in 0..N, or a similarity is not finite: no gain would be largest, and one row picked k times.
     """
     n = len(similarity)
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} medoids of {n} rows: k must lie in 0..{n}")
     similarity = similarity.detach().double()
+    if not similarity.isfinite().all():
+        raise ValueError("a similarity is not finite: leave the rows that make it so out, as `select_coreset` does")
     if k == 0:
         none = torch.zeros(0, dtype=torch.long, device=similarity.device)
         return none, none
@@ -526,8 +535,9 @@ class Bags(NamedTuple):
         """Tokens and weights [e] of `rows` [n] end to end, and how many are of each, [n]."""
         sizes = self.offsets.diff()[rows]
         starts = sizes.cumsum(0) - sizes  # [n] where each row begins in what is returned
-        shift = (self.offsets[rows] - starts).repeat_interleave(sizes)  # [e]
-        entry = torch.arange(len(shift)) + shift  # [e]
+        # a row's entries lie as far apart here as there: one distance for each row leads from a place to its entry
+        distance = (self.offsets[rows] - starts).repeat_interleave(sizes)  # [e]
+        entry = torch.arange(len(distance)) + distance  # [e]
         return self.tokens[entry], self.weights[entry], sizes
 
 
@@ -540,8 +550,9 @@ def tf_idf(ids: Tensor, offsets: Tensor) -> Bags:
     tokens, counts, sizes = [], [], []
     for first in range(0, rows, 1024):  # few rows at a time: sorting is fast while it fits in the cache
         edges = offsets[first : first + 1025]
-        row = torch.arange(len(edges) - 1).repeat_interleave(edges.diff())
-        pair, count = (row * vocabulary + ids[edges[0] : edges[-1]]).unique(return_counts=True)  # ordered by row
+        row = torch.arange(len(edges) - 1).repeat_interleave(edges.diff())  # the row of each token
+        # one number for a row and a token; the different ones come out ordered by row
+        pair, count = (row * vocabulary + ids[edges[0] : edges[-1]]).unique(return_counts=True)
         tokens.append((pair % vocabulary).int())
         counts.append(count.float())
         sizes.append(torch.bincount(pair // vocabulary, minlength=len(edges) - 1))
@@ -603,8 +614,11 @@ def k_means(
     """Cluster of every row, [total], by Lloyd's iterations from a k-means++ start; clusters stand in for sources (5.4).
 
     This rank holds `x` [n, d], the `rows` [n] of a data set of `total` rows. An empty cluster takes the row that lies
-    farthest from its own centre. `generator` is on the CPU and alike on all ranks.
+    farthest from its own centre. A row that is not finite counts as one at the mean of all. `generator` is on the CPU
+    and alike on all ranks. ValueError if `clusters` is not in 1..total.
     """
+    if not 1 <= clusters <= total:
+        raise ValueError(f"{clusters} clusters of {total} rows: clusters must lie in 1..{total}")
 
     def of_all_rows(values: Tensor) -> Tensor:
         """[n, ...] of this rank -> [total, ...] of all."""
@@ -618,7 +632,10 @@ def k_means(
         """Of this rank's rows from the present centres, [n, clusters]."""
         return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
-    x = x - all_reduce(x.sum(0)) / total  # hidden states have a large part in common, which would cost precision
+    broken = ~x.isfinite().all(1, keepdim=True)  # [n, 1]
+    x = x.masked_fill(broken, 0)  # one row that is not finite spoils no centre
+    common = all_reduce(x.sum(0)) / total  # [d]; hidden states have a large part in common, which would cost precision
+    x = (x - common).masked_fill(broken, 0)
 
     # k-means++: each further centre is a row, drawn with probability proportional to the square of its distance from
     # the nearest centre so far
@@ -874,8 +891,8 @@ def _choose_projection(ran: _Ran, named: set[nn.Module], whole: bool) -> tuple[n
     problem = f"none of {len(modules)} projections becomes the value of a softmax attention"
     for attention in reversed(ran.attentions):
         in_value = _channels_reaching((attention.value,), leaves)
-        if not any(map(Tensor.any, in_value)):
-            continue
+        if not any(channels.any() for channels in in_value):
+            continue  # its value comes from no projection, or from none that was named
         in_others = _channels_reaching(attention.others, leaves)
         for module, value, others in reversed([*zip(modules, in_value, in_others, strict=True)]):
             if value.any() and not (value & others).any():

@@ -494,8 +494,8 @@ def fresh_choice(run: Run, pool: Tensor, small: Tensor, kept: Tensor, k: int, ge
         others = torch.cat([run.taken, pool])
         alike = cosines(run.bags, pool, others) >= ALIKE  # [N, taken + N]
         alike &= pool[:, None] != others  # in a later epoch a row is no copy of itself
-        before, now = alike.split([len(run.taken), len(pool)], 1)
-        index = fresh_first(order, run.train.sources[pool], k, before.any(1), now)
+        alike_to_taken, alike_in_pool = alike.split([len(run.taken), len(pool)], 1)
+        index = fresh_first(order, run.train.sources[pool], k, alike_to_taken.any(1), alike_in_pool)
     index = run.broadcast(index)
     choice = uniform_choice(run, pool, index, kept)
     choice.kept = small & (choice.weight > 0)  # those that stood in are among them
@@ -536,7 +536,8 @@ def thinned(run: Run, small: Tensor, step: int) -> Tensor:
     positions = small.nonzero()[:, 0]  # [n]
     shuffled = positions[torch.randperm(len(positions), generator=generator_of(args.seed, "thin", step))]
     kept = torch.zeros_like(small)
-    kept[shuffled[: math.ceil(share * len(positions))]] = True
+    number = math.ceil(share * len(positions) - 1e-9)  # 0.07 * 100 is a little more than 7 in floating point
+    kept[shuffled[:number]] = True
     return kept
 
 
@@ -1700,11 +1701,13 @@ def draw_run(run: Run) -> None:
         losses.plot(column("step", evals), column(name, evals), marker="o", label=label)
     losses.set_title("loss, nats a token")
 
-    for source in run.train.names[:20]:  # more lines than that can't be told apart
+    evaluated = {}  # held-out rows may have other sources than clustered training rows; a dictionary keeps the order
+    for record in evals:
+        evaluated |= record["eval_loss_of"]
+    for source in [*evaluated][:20]:  # more lines than that can't be told apart
         seen = [record for record in evals if source in record["eval_loss_of"]]
-        if seen:
-            values = [record["eval_loss_of"][source] for record in seen]
-            per_source.plot(column("step", seen), values, marker=".", label=source)
+        values = [record["eval_loss_of"][source] for record in seen]
+        per_source.plot(column("step", seen), values, marker=".", label=source)
     per_source.set_title("held-out loss of each source")
 
     schedule.plot(steps, column("grad_norm"), color="0.7", label="gradient norm, before clipping")
@@ -1735,7 +1738,8 @@ def draw_run(run: Run) -> None:
     memory.set_title("peak memory, GB")
 
     for axes in (losses, per_source, schedule, selection, seconds):
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[1]:  # without held-out rows one has no curve
+            axes.legend(fontsize="small")
     for axes in (losses, per_source, schedule, seconds, memory):
         axes.set_xlabel("step")
     figure.suptitle(run.args.run_name or folder.absolute().name)
@@ -1893,7 +1897,7 @@ def check_settings(args, settings: dict, checkpoint: Path) -> None:
 
 
 def check_extension(args, before: int, done: int) -> None:
-    """A longer run is the same run as long as no step done depends on its length."""
+    """A run can be made longer where its length no longer matters: at a constant rate, past the warm-up."""
     if args.lr_scheduler != "constant":
         raise UserError(
             f"--max_steps {args.max_steps} is more than the {before} of the run, whose {args.lr_scheduler} schedule "
@@ -1991,7 +1995,6 @@ def kept_how(args) -> str:
 def announce(run: Run) -> None:
     """What a reader wants to know before the first step."""
     args, data = run.args, run.train
-    say = run.accelerator.print
     counts = torch.bincount(data.sources, minlength=len(data.names))
     sources = int(counts.count_nonzero())  # --drop_copies may leave some without rows
     small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"

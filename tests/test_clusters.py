@@ -47,9 +47,11 @@ def test_groups_that_lie_apart_are_found():
 
 
 def test_a_large_common_part_does_not_hide_the_groups():
-    x, offset = points(3, 30), 1e4
-    owner = k_means(x + offset, torch.arange(90), 90, 3, seeded())
-    assert torch.equal(owner, k_means(x, torch.arange(90), 90, 3, seeded()))
+    """Whole eighths, exact in float32 with the common part too; the sums of 2000 of them are not."""
+    x = torch.randint(0, 64, (2000, 3), generator=seeded()) / 8
+    rows, offset = torch.arange(2000), 2.0**17
+    moved = k_means(x + offset, rows, 2000, 6, seeded()) != k_means(x, rows, 2000, 6, seeded())
+    assert int(moved.sum()) < 20  # without the subtraction of the mean hundreds belong elsewhere
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 5])
@@ -58,6 +60,37 @@ def test_equal_points_and_as_many_clusters_as_points_leave_none_empty_without_ne
     assert len(k_means(same, torch.arange(5), 5, clusters, seeded())) == 5
     apart = torch.arange(5.0)[:, None]
     assert len(set(k_means(apart, torch.arange(5), 5, clusters, seeded()).tolist())) == clusters
+
+
+def test_starts_are_drawn_by_squared_distance_and_an_empty_cluster_takes_the_row_served_worst(monkeypatch):
+    """Points 0, 0, 10, 14, and the first three as centres: the second cluster gets no row of its own."""
+    chances, starts = [], iter([1, 2])
+
+    def multinomial(weights, number, generator):
+        chances.append(weights.tolist())
+        return torch.tensor([next(starts)])
+
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor(0))
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    x = torch.tensor([[0.0], [0.0], [10.0], [14.0]])
+    owner = k_means(x, torch.arange(4), 4, 3, seeded())
+    assert chances == [[0, 0, 100, 196], [0, 0, 100, 196]]
+    assert owner.tolist() == [0, 0, 2, 1]  # 14 lay farthest from its centre, the mean of 10 and 14 after one round
+
+
+@pytest.mark.parametrize("clusters", [0, 6])
+def test_more_clusters_than_rows_are_refused(clusters):
+    with pytest.raises(ValueError, match=rf"{clusters} clusters of 5 rows: clusters must lie in 1\.\.5"):
+        k_means(torch.randn(5, 2), torch.arange(5), 5, clusters, seeded())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_spoils_no_cluster(value):
+    x = points(4, 25)
+    x[17, 2] = value
+    owner = k_means(x, torch.arange(100), 100, 4, seeded())
+    sizes = torch.bincount(torch.cat([owner[:17], owner[18:]])).sort().values.tolist()
+    assert sizes == [24, 25, 25, 25] and 0 <= int(owner[17]) < 4
 
 
 def test_two_ranks_find_the_clusters_of_one():
@@ -118,8 +151,16 @@ def run(folder, *flags: str) -> None:
     train_colm.cli([*FLAGS.split(), "--pool_size", "24", "--coreset_size", "12", "--output_dir", str(folder), *flags])
 
 
-def test_a_clustered_run_warms_up_at_random_then_keeps_small_clusters_and_goes_on_where_it_stopped(tmp_path):
+def test_a_clustered_run_warms_up_then_keeps_small_clusters_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    seeds = []
+
+    def seen(x, rows, total, clusters, generator, all_reduce):
+        seeds.append(generator.initial_seed())
+        return k_means(x, rows, total, clusters, generator, all_reduce)
+
+    monkeypatch.setattr(train_colm, "k_means", seen)
     run(tmp_path / "whole")
+    assert seeds == [train_colm.seed_of(0, "clusters", step) for step in (2, 4)]  # every clustering draws anew
     metrics = train_colm.read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [r["kept"] for r in metrics[:2]] == [0, 0] and [r["probe_s"] for r in metrics[:2]] == [0, 0]
     assert all(r["kept"] and r["probe_s"] for r in metrics[2:])

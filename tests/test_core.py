@@ -232,6 +232,27 @@ def test_more_medoids_than_rows_are_refused(k):
         facility_location(torch.zeros(3, 3), k)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(2, slice(None)), (slice(None), 2), (1, 3)])
+def test_similarities_that_are_not_finite_are_refused(value, place):
+    """No gain would be the largest, and one row would be picked k times."""
+    similarity = pairwise_similarity(normal(5, 4))
+    similarity[place] = value
+    with pytest.raises(ValueError, match="a similarity is not finite"):
+        facility_location(similarity, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_medoids_of_half_precision_are_not_chosen_by_its_rounding(dtype):
+    for seed in range(5):
+        x = normal(123, 13, seed=seed).to(dtype)
+        coreset = select_coreset(x, torch.zeros(123), 12)
+        assert torch.equal(coreset.index, select_coreset(x.double(), torch.zeros(123), 12).index)
+        similarity = pairwise_similarity(x).to(dtype)
+        index, weight = facility_location(similarity, 12)
+        assert (index.tolist(), weight.tolist()) == naive.facility_location(similarity.tolist(), 12)
+
+
 @pytest.mark.parametrize(("n", "dims"), [(1, 7), (7, 53), (53, 123), (123, 7)])
 def test_sparsify_matches_the_twin(n, dims):
     for x in (integers(n, dims, largest=1), normal(n, dims)):  # the first ties almost everywhere
@@ -780,6 +801,20 @@ def test_example_losses_are_means_over_supervised_tokens(copies):
     close(example_losses(model, plain), losses)
 
 
+def test_an_example_without_labels_has_loss_0_and_no_gradient():
+    """As rows have whose answer was cut away: their mean over nothing would make the whole coreset's loss NaN."""
+    model = Bigram()
+    ids = torch.randint(0, 23, (3, 8), generator=generator(0))
+    labels = ids.clone()
+    labels[1] = -100
+    losses = example_losses(model, {"input_ids": ids, "labels": labels})[0]
+    alone = example_losses(model, {"input_ids": ids[[0, 2]], "labels": ids[[0, 2]]})[0]
+    close(losses, [alone[0], 0.0, alone[1]])
+    without, within = (torch.autograd.grad(x.sum(), [*model.parameters()]) for x in (alone, losses))
+    for a, b in zip(without, within, strict=True):
+        close(b, a)
+
+
 def test_labelled_logits_leave_other_forwards_alone():
     model = Bigram()
     labelled_logits, batch = LabelledLogits(model), collate(examples())
@@ -807,11 +842,23 @@ def test_the_core_stands_alone():
     assert Coreset._fields == ("index", "weight")
 
 
-def test_the_step_in_the_docstring_runs():
+def step_of_the_docstring() -> str:
+    lines = colm_core.__doc__.splitlines()
+    return "\n".join(line[4:] for line in lines if line.startswith("    "))
+
+
+def step_of_the_readme() -> str:
+    """Its diff after the change, with imports before it and a loader of one batch."""
+    readme = (Path(colm_core.__file__).parent / "README.md").read_text()
+    diff = readme.split("```diff\n")[1].split("```")[0].splitlines()
+    lines = [line[1:] for line in diff if not line.startswith("-")]
+    return "\n".join(["rows_per_source, loader = counts, [pool | {'source': sources}]", *lines])
+
+
+@pytest.mark.parametrize("step", [step_of_the_docstring, step_of_the_readme])
+def test_the_steps_to_copy_run(step):
     from models import tiny_model
 
-    lines = colm_core.__doc__.splitlines()
-    step = "\n".join(line[4:] for line in lines if line.startswith("    "))
     model, g = tiny_model("llama"), torch.Generator().manual_seed(0)
     lengths = torch.tensor([6 + i % 5 for i in range(80)])
     column = torch.arange(10)
@@ -821,8 +868,11 @@ def test_the_step_in_the_docstring_runs():
     names = vars(colm_core) | {"model": model, "pool": pool, "counts": {0: 900, 1: 900, 2: 10}}
     names["optimizer"] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     names["sources"] = torch.tensor([0, 1] * 38 + [2] * 4)
-    exec(step, names)
+    exec(step(), names)
     index = names["coreset"].index.tolist()
-    assert len(index) == 64 and index[:4] == [76, 77, 78, 79] and len(names["big"]) == 60
-    assert names["moments"].updates == 1
+    assert len(index) == 64 and index[:4] == [76, 77, 78, 79]
+    expected = AdamMoments()
+    expected.update(names["g"][index[4:]])  # of the 60 medoids of big sources alone
+    assert names["moments"].updates == 1 and torch.equal(names["moments"].m, expected.m)
+    assert torch.equal(names["batch"]["input_ids"], ids[index])
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

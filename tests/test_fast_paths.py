@@ -1,11 +1,18 @@
 """What makes a step fast must not change it: compiled layers and packed rows against the plain ones."""
 
+import math
+from contextlib import nullcontext
+from fractions import Fraction
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
+from models import tiny_model
 from torch._dynamo.utils import counters
 
 import train_colm
+from colm_batches import LabelledLogits, PackingCheck, plan_micro_batches
 
 POOLS = 3
 DROPOUT = ("--lora_dropout", "0.5")
@@ -234,7 +241,112 @@ def test_keep_share_lies_between_the_pool_s_mixture_and_whole_small_sources(tmp_
         n, k, s = len(pool), run.args.coreset_size, float(share)
         assert len(kept) == -int(-len(small) * (s + (1 - s) * k / n) // 1)
         counts[share] = len(kept)
+        assert choice.skipped_probes == 0  # rows that are left out were not probed
     assert counts["0"] < counts["0.5"] < counts["1"] == len(small)
+
+
+@pytest.mark.parametrize("share", ["0", "0.1", "0.7"])
+def test_keep_share_is_not_rounded_up_by_floating_point(share):
+    """K of N rows of N small ones are K: 7 / 100 * 100 is 7.000000000000001 in floating point."""
+    for pool, k in ((100, 7), (25, 7), (128, 64), (10, 3)):
+        for n in (1, 3, pool):
+            small = torch.arange(pool) < n
+            run = SimpleNamespace(args=SimpleNamespace(keep_share=float(share), coreset_size=k, seed=0))
+            s = Fraction(share)
+            expected = math.ceil(n * (s + (1 - s) * Fraction(k, pool)))
+            kept = train_colm.thinned(run, small, 0)
+            assert int(kept.sum()) == expected and not (kept & ~small).any()
+
+
+@pytest.mark.parametrize(("probe", "packing"), [("grad", "--packing"), ("spsa", "--no-packing")])
+def test_stand_ins_count_for_nothing(tmp_path, monkeypatch, probe, packing):
+    """A rank that runs out of examples runs one beside the others' last micro-batch, with no trace in any result."""
+    run = one_run(tmp_path, "--probe", probe, packing)
+    run.held_out = train_colm.load_data(run.args, run.tokenizer, show=False)[1]
+    pool, original = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0), train_colm.plan_micro_batches
+    by_length = torch.tensor([run.train.length(row) for row in pool.tolist()]).argsort()
+    probed = torch.zeros(len(pool), dtype=torch.bool)
+    probed[by_length[1:20]] = True
+
+    def results() -> list[torch.Tensor]:
+        gradients = train_colm.probe_pool(run, pool, probed, 0)
+        assert torch.equal(gradients.held, probed)
+        choice = train_colm.uniform_choice(run, pool, probed.nonzero()[:, 0], probed)
+        loss = train_colm.accumulate_gradients(run, pool, choice, 0)
+        trained = torch.cat([p.grad.flatten() for p in run.trained])
+        run.optimizer.zero_grad()
+        losses = train_colm.evaluate(run)
+        per_source = torch.tensor([*losses.pop("eval_loss_of").values()])
+        return [gradients.values, loss, trained, torch.tensor([*losses.values()]), per_source]
+
+    without = results()
+    monkeypatch.setattr(train_colm, "plan_micro_batches", lambda *args: [[*mine, []] for mine in original(*args)])
+    for a, b in zip(without, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+    def k_means(states, rows, *_):
+        assert len(states) == len(rows) and torch.equal(rows.sort().values, torch.arange(len(run.train)))
+        return rows
+
+    monkeypatch.setattr(train_colm, "k_means", k_means)
+    monkeypatch.setattr(train_colm, "use_clusters", lambda run, clusters: None)
+    run.train = run.held_out  # fewer rows to cluster
+    train_colm.cluster_rows(run, 0)
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_the_check_sees_what_passes_from_one_packed_example_to_the_next(leaky):
+    """By comparing equal shapes: where half precision hides the other differences, this one is left."""
+    model = tiny_model("llama")
+
+    def recurrent(module, args, x):
+        state, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = 0.9 * state + x[:, t]
+            states.append(state)
+        return x + 0.3 * torch.stack(states, 1)
+
+    if leaky:  # a state that nobody resets where the next example begins
+        model.get_input_embeddings().register_forward_hook(recurrent)
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 97, (20 + i,), generator=g) for i in range(7)]
+    check = PackingCheck(model, LabelledLogits(model), nullcontext, 1000, 64, torch.float32)
+    found = check.differences(rows, packed=True)
+    assert found.problem == "" and found.ahead <= train_colm.AHEAD
+    assert (found.leaks > 100 * train_colm.LEAKS) == leaky and (found.leaks == 0) != leaky
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_padded_examples_are_dealt_there_and_back(ranks):
+    """Dealt in one direction alone, the first rank would get the longest example of every turn."""
+    plan = plan_micro_batches([*range(1, 65)], 200, ranks, packed=False)
+    tokens = [sum(i + 1 for micro_batch in micro_batches for i in micro_batch) for micro_batches in plan]
+    assert tokens == [64 * 65 // 2 // ranks] * ranks
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ("--probe grad", 1400),  # twice --max_tokens_per_micro_batch, which is 700: no layer keeps its activations
+        ("--probe grad --gradient_checkpointing", 700),
+        ("--num_directions 1", 1400),
+        ("--num_directions 8", 175),  # the head sees two copies of a row for each direction
+        ("--num_directions 9999", 1),
+    ],
+)
+def test_the_probe_holds_no_more_tokens_than_memory_has_room_for(tmp_path, monkeypatch, flags, tokens):
+    run = one_run(tmp_path, *flags.split())
+    pool = train_colm.draw_pool(len(run.train), run.args.pool_size, 0, 0)
+    asked = []
+
+    def plan(lengths, max_tokens, ranks, packed):
+        asked.append(max_tokens)
+        raise InterruptedError  # before the model runs
+
+    monkeypatch.setattr(train_colm, "plan_micro_batches", plan)
+    with pytest.raises(InterruptedError):
+        train_colm.probe_pool(run, pool, torch.ones(len(pool), dtype=torch.bool), 0)
+    assert asked == [tokens]
 
 
 def test_ranks_take_the_fresh_rows_of_the_main_process(tmp_path, monkeypatch):

@@ -179,6 +179,26 @@ def test_the_probed_rows_are_values(kind):
         assert not torch.allclose(outputs(others[row : row + 8])[0], attention)
 
 
+@pytest.mark.parametrize("wide_tail", [True, False])
+def test_copies_travel_together_through_a_layer_that_writes_into_its_input(wide_tail):
+    """What one copy wrote must not reach the next one: every copy has hidden states of its own."""
+    model = tiny_model("llama")
+    layer = model.get_submodule("base_model.model.model.layers.1")
+    own_forward = layer.forward
+
+    def writing(hidden_states, *args, **kwargs):
+        hidden_states.mul_(1.5)
+        return own_forward(hidden_states, *args, **kwargs)
+
+    layer.forward = writing
+    probed = Probed(model)
+    assert probed.probe.found.stackable and not probed.probe.found.cautions
+    z = probed.directions()
+    expected = probed.gradients(examples()) @ z.flatten(1).T
+    derivatives = probed.spsa(examples(), z, eps=1e-2, wide_tail=wide_tail)
+    assert error(derivatives, expected.double()) < 3e-3
+
+
 def test_the_scaling_of_the_adapter_counts():
     for scaling in (0.5, 3.0):
         model = tiny_model("llama")
@@ -516,6 +536,32 @@ class Reused(Unknown):
 def test_a_projection_that_runs_twice_is_refused():
     with pytest.raises(ValueError, match=r"blocks\.1\.wow runs 2 times in one forward"):
         VProjectionProbe(Reused(), "wow")
+
+
+class Looping(Unknown):
+    """A layer that runs twice before the probed one."""
+
+    def forward(self, input_ids, use_cache=False):
+        first, last = self.blocks
+        x = last(first(first(self.embed(input_ids))))
+        return SimpleNamespace(logits=self.out(self.norm(x)))
+
+
+def test_a_layer_in_a_loop_is_not_remembered():
+    """Where copies run one by one, what it returned in one round must not be taken for another round's."""
+    torch.manual_seed(0)
+    model = Looping()
+    found = find_v_projection(model, "wow")
+    assert found.before == 0
+    ids = examples([(9, 1)])[0][0][None]
+    probe = VProjectionProbe(model, found=found._replace(stackable=False))
+    z = torch.randn(2, *probe.shape, generator=torch.Generator().manual_seed(4))
+
+    def losses() -> Tensor:
+        return example_losses(model, {"input_ids": ids, "labels": ids})
+
+    exact = (probe.gradients(losses) @ z.flatten(1).T).double()
+    assert error(probe.spsa(losses, z), exact) < 1e-4
 
 
 def test_a_projection_that_no_longer_runs_is_an_error_and_not_zero():

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
@@ -630,6 +631,8 @@ def test_a_finished_run_with_a_constant_rate_can_be_extended(flags, tmp_path, re
     warm = constant + " --warmup_ratio 0.5"
     assert train(flags(tmp_path / "warm", warm, "--max_steps 4")) == 0
     refused(flags(tmp_path / "warm", warm, "--max_steps 90 --resume auto"), "--max_steps 90", "warm-up", "4 steps done")
+    resume = f"--max_steps 6 --resume {tmp_path}/warm/checkpoint-000002"  # 3 steps of warm-up after 2 of 4 steps
+    refused(flags(tmp_path / "warm", warm, resume), "--max_steps 6", "warm-up", "2 steps done")
 
 
 def test_a_checkpoint_is_an_adapter_that_peft_loads(whole, inputs):
@@ -671,6 +674,32 @@ def test_the_picture_of_a_run_follows_it(flags, tmp_path):
     pytest.importorskip("matplotlib")
     assert train(flags(tmp_path, "--report_to png --eval_every 2 --max_steps 3")) == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG") and not [*tmp_path.glob("tmp-*")]
+
+
+@pytest.mark.parametrize("evaluated", [["left", "right"], []])
+def test_the_picture_shows_every_held_out_source_and_needs_none(tmp_path, evaluated):
+    """Clustered training rows have sources of other names; without --eval_file there is nothing to show."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    folder, drawn = tmp_path / "out", []
+    files = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, sources in zip(files, (["all"], evaluated), strict=True):
+        rows = [{"source": source, "prompt": f"w{i}", "completion": "w1"} for source in sources for i in range(12)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "--pool_size 8 --coreset_size 4 --max_steps 2 --cluster_sources 2 --cluster_warmup 1 --lora_r 2"
+    argv = [*text.split(), "--report_to", "png", "--train_file", str(files[0]), "--output_dir", str(folder)]
+    if evaluated:
+        argv += ["--eval_file", str(files[1])]
+
+    def save(figure, *args, **kwargs):
+        drawn.append([line.get_label() for line in figure.axes[1].lines])
+        Path(args[0]).touch()
+
+    with mock.patch.object(Figure, "savefig", save), own_signals(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="No artists with labels")
+        train_colm.main(argv)
+    assert drawn[-1] == evaluated
 
 
 def test_kill_9_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(flags, tmp_path):
@@ -968,7 +997,8 @@ def test_running_out_of_gpu_memory_is_told_in_one_line(flags, refused, tmp_path)
         refused(flags(tmp_path), "--max_tokens_per_micro_batch 600", "lower it", "--resume auto")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path):
+@pytest.mark.parametrize("saving", ["--save_every 2", "--save_every 0"])  # the checkpoint is there already, or is not
+def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whole, flags, refused, tmp_path, saving):
     original = train_colm.accumulate_gradients
 
     def broken_at_step_3(run, pool, choice, step):
@@ -976,8 +1006,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_saving_what_was_good(whol
 
     with mock.patch.object(train_colm, "accumulate_gradients", broken_at_step_3):
         words = "loss nan", "step 3", "--learning_rate", str(tmp_path / "checkpoint-000002")
-        refused(flags(tmp_path, DROPOUT), *words)
+        refused(flags(tmp_path, DROPOUT, saving), *words)
     assert len(losses(tmp_path)) == 2
+    state = torch.load(tmp_path / "checkpoint-000002" / "state.pt", weights_only=True)
+    assert state["moments"]["updates"] == 2 and len(state["taken"]) == 20  # nothing of the coreset that failed
     assert train(flags(tmp_path, DROPOUT, "--resume auto")) == 0
     assert_identical(tmp_path, whole)
 
