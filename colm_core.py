@@ -733,9 +733,12 @@ def _linear_projections(model: nn.Module) -> set[nn.Module]:
     """Modules with a weight matrix, PEFT's wrappers in place of what they wrap."""
     projections, inside = set(), set()
     for module in model.modules():
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        layer = getattr(module, "base_layer", module)
+        weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
             projections.add(module)
+        elif weight is None and isinstance(getattr(layer, "in_features", None), int):
+            projections.add(module)  # packed weights go by other names
         if hasattr(module, "base_layer"):
             inside.update(child for child in module.modules() if child is not module)
     return projections - inside

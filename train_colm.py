@@ -854,7 +854,7 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
     dtype = torch.bfloat16 if half else torch.float32
     try:
-        model = load_base(base, args, dtype)
+        model = load_base(base, args, dtype, accelerator.device)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, quantisers without their package and remote code raise many kinds
@@ -863,22 +863,32 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
         raise UserError(f"--model {base}: {one_line(error)}: {remedy}") from None
     if not args.lora_r and getattr(model, "is_quantized", False):
         raise UserError(f"--lora_r 0 would train the weights of {args.model}, which are quantised: give 1 or more")
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.is_trainable:
+        method = model.config.quantization_config.quant_method
+        raise UserError(f"{base} is quantised by {method}, through which no gradient passes: give other weights of it")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         say("the model's config asks for its router's auxiliary loss: it is not added to the loss of the examples")
     return add_lora(model, args, adapter)
 
 
-def load_base(base: str | Path, args, dtype: torch.dtype):
+def load_base(base: str | Path, args, dtype: torch.dtype, device: torch.device | str = "cpu"):
     """A causal LM that computes in `dtype`, its linear layers in 4 bits if --base_precision is nf4.
 
+    Weights that are packed already are loaded for `device`, other ones on the CPU, or wherever bitsandbytes packs them.
     nf4 is QLoRA's format (Dettmers et al. 2023): NormalFloat4, a scale for each 64 weights, and the scales in 8 bits.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     options = {"trust_remote_code": args.trust_remote_code}
-    if args.base_precision == "nf4":
-        if getattr(AutoConfig.from_pretrained(base, **options), "quantization_config", None):
-            raise UserError(f"--base_precision nf4: {base} is quantised already: use --base_precision compute")
+    config = AutoConfig.from_pretrained(base, **options)
+    section = quantisation_section(config)
+    if section is not None and args.base_precision == "nf4":
+        raise UserError(f"--base_precision nf4: {base} is quantised already: use --base_precision compute")
+    if section is not None:
+        if stays_packed(section):
+            options["device_map"] = {"": device}  # where a kernel is chosen for it, once and for all
+    elif args.base_precision == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -886,7 +896,7 @@ def load_base(base: str | Path, args, dtype: torch.dtype):
             bnb_4bit_quant_storage=dtype,  # the bits as if they were such numbers: FSDP2 shares out no integers
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **options)
     except ImportError as error:  # of the package that reads the weights of a quantised model, or of remote code
         raise UserError(f"--model {base}: {one_line(error)}: install it, or give another model") from None
     if getattr(model, "is_loaded_in_8bit", False):
@@ -894,6 +904,31 @@ def load_base(base: str | Path, args, dtype: torch.dtype):
     if getattr(model, "is_loaded_in_4bit", False):
         compute_in(model, dtype)
     return model
+
+
+def quantisation_section(config) -> dict | None:
+    """The section of a config.json that says how the weights are packed."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None):
+            return part.quantization_config
+    return None
+
+
+def stays_packed(section: dict) -> bool:
+    """Complete a config's quantisation section, in place, so that gradients pass through the layers that it makes.
+
+    Returns whether these layers keep their weights packed, or transformers unpacks them while it loads.
+    """
+    from transformers import GPTQConfig
+    from transformers.quantizers import AutoQuantizationConfig
+
+    known = AutoQuantizationConfig.from_dict(section)  # refuses methods at which transformers would draw new weights
+    if hasattr(known, "dequantize"):  # fp8, mxfp4, compressed-tensors: their kernels round activations, or train nothing
+        section["dequantize"] = True
+        return False
+    if isinstance(known, GPTQConfig):  # that of AWQ is one, too
+        section["backend"] = "auto_trainable"  # the fastest kernels have no backward pass
+    return True
 
 
 def compute_in(model, dtype: torch.dtype) -> None:
@@ -1081,7 +1116,8 @@ def linear_modules(model) -> list[str]:
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        if not isinstance(module, (torch.nn.Linear, Conv1D)) or re.fullmatch(NOT_TEXT, name):
+        packed = hasattr(module, "in_features") and not hasattr(module, "weight")  # GPTQ, AWQ
+        if not (packed or isinstance(module, (torch.nn.Linear, Conv1D))) or re.fullmatch(NOT_TEXT, name):
             continue
         if module is model.get_output_embeddings():
             continue
