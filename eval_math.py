@@ -1389,7 +1389,8 @@ def load_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype, device
     if args.base_precision == "nf4" or quantisation_section(config) is not None:
         # The layers of the base, which hold the adapter's: what PeftModel.forward would call.
         return read_adapter(args, base, dtype, device).get_base_model()
-    model = merged(read_adapter(args, base, torch.float32, device))  # in half precision, small adapters would be rounded away
+    # In half precision, small adapters would be rounded away.
+    model = merged(read_adapter(args, base, torch.float32, device))
     if model is None:
         print(f"warning: merging {args.model} would change its answers: it stays apart", file=sys.stderr)
         model = read_adapter(args, base, torch.float32, device).get_base_model()
