@@ -3,6 +3,7 @@
 What is computed is compared with a model of plain layers that hold the same weights, dequantised.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -446,9 +447,15 @@ def packed_tensors(method: str, name: str, weight: torch.Tensor) -> tuple[dict, 
         packed = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
         stored = {f"{name}.weight": packed.view(out, size), f"{name}.weight_scale_inv": scales}
         return stored, (packed.float() * scales[:, None, :, None]).view(out, size)
+    if method == "compressed-tensors":
+        scales = weight.abs().amax(1, keepdim=True) / 127
+        packed = (weight / scales).round().to(torch.int8)
+        return {f"{name}.weight": packed, f"{name}.weight_scale": scales}, packed * scales
     scales = (groups.abs().amax(-1) / 7).half()  # [out, groups]
     numbers = (groups / scales[..., None].float()).round().clamp(-8, 7) + 8
-    stands_for = ((numbers - 8) * scales[..., None].float()).view(out, size)
+    stands_for = ((numbers - 8).half() * scales[..., None]).view(
+        out, size
+    )  # products in fp16, as the kernels have them
     numbers, zeros = numbers.view(out, size).T, torch.full((size // 32, out), 8)
     stored = {f"{name}.scales": scales.T.contiguous()}
     if method == "gptq":  # its zeros are stored less one
@@ -465,6 +472,18 @@ SECTIONS = {
     "fp8": {"weight_block_size": [32, 32], "activation_scheme": "dynamic", "fmt": "e4m3"},
     "gptq": {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq"},
     "awq": {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    "compressed-tensors": {  # W8A8: activations would be rounded as well
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+                "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+            }
+        },
+    },
 }
 
 
@@ -488,9 +507,21 @@ def write_quantised(inputs: Path, folder: Path, method: str, **section) -> dict:
 
 
 def needs_package(method: str) -> None:
-    if method in ("gptq", "awq"):
-        pytest.importorskip("gptqmodel")
-        pytest.importorskip("optimum")
+    packages = {"gptq": ["gptqmodel", "optimum"], "awq": ["gptqmodel"], "compressed-tensors": ["compressed_tensors"]}
+    for package in packages.get(method, []):
+        pytest.importorskip(package)
+
+
+def test_transformers_is_asked_for_layers_that_pass_gradients():
+    """Needs none of the packages."""
+    for method in ("fp8", "mxfp4"):
+        section = {"quant_method": method}
+        assert not train_colm.stays_packed(section)
+        assert section["dequantize"]
+    for method in ("gptq", "awq"):
+        section = {"quant_method": method, **SECTIONS[method]}
+        assert train_colm.stays_packed(section)
+        assert section["backend"] == "auto_trainable"
 
 
 @pytest.mark.parametrize("method", SECTIONS)
@@ -583,8 +614,11 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("method", [*ASKED, "exl2", "untrainable"])
-@pytest.mark.parametrize("program", ["train", "adapter", "maths", "superglue"])
+UNUSABLE = list(itertools.product([*ASKED, "exl2"], ["train", "adapter", "maths", "superglue"]))
+UNUSABLE += [("untrainable", "train"), ("untrainable", "adapter")]  # it can be evaluated
+
+
+@pytest.mark.parametrize(("method", "program"), UNUSABLE)
 def test_a_base_that_cannot_be_used_is_told_in_one_line(inputs, tmp_path, capsys, monkeypatch, method, program):
     base = tmp_path / "base"
     if method in ASKED:
@@ -615,8 +649,6 @@ def test_a_base_that_cannot_be_used_is_told_in_one_line(inputs, tmp_path, capsys
         cli = eval_superglue.cli
     else:
         command, cli = flags(inputs, tmp_path / "out", "", model), train_colm.cli
-    if method == "untrainable" and program in ("maths", "superglue"):
-        pytest.skip("what cannot be trained can be evaluated")
     capsys.readouterr()
     with pytest.raises(SystemExit) as refused:
         cli(command)
