@@ -735,10 +735,11 @@ def _linear_projections(model: nn.Module) -> set[nn.Module]:
     for module in model.modules():
         layer = getattr(module, "base_layer", module)
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+        if not isinstance(weight, Tensor):  # packed weights go by other names
+            if isinstance(getattr(layer, "in_features", None), int):
+                projections.add(module)
+        elif weight.dim() == 2 and not isinstance(module, nn.Embedding):
             projections.add(module)
-        elif weight is None and isinstance(getattr(layer, "in_features", None), int):
-            projections.add(module)  # packed weights go by other names
         if hasattr(module, "base_layer"):
             inside.update(child for child in module.modules() if child is not module)
     return projections - inside

@@ -1117,8 +1117,9 @@ def load_adapter(model, folder: Path | str):
 
 
 def has_packed_weights(module: torch.nn.Module) -> bool:
-    """Is it a linear layer as those of GPTQ and AWQ, which have no matrix named `weight`?"""
-    return isinstance(getattr(module, "in_features", None), int) and not hasattr(module, "weight")
+    """Is it a linear layer as those of GPTQ and AWQ, whose `weight`, where they have one, is no tensor?"""
+    has_matrix = isinstance(getattr(module, "weight", None), torch.Tensor)
+    return isinstance(getattr(module, "in_features", None), int) and not has_matrix
 
 
 def linear_modules(model) -> list[str]:

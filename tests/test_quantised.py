@@ -386,7 +386,9 @@ def test_a_model_of_which_little_takes_4_bits_is_told(tmp_path, capsys):
 
 
 class PackedLinear(torch.nn.Module):
-    """As GPTQ's and AWQ's layers on a CPU: no `weight`, and an evaluation first ends its backward pass for good."""
+    """As GPTQ's and AWQ's layers on a CPU: an evaluation that comes first ends its backward pass for good."""
+
+    weight = "int8, for example"  # some have nothing of this name, some keep facts about their weights there
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
