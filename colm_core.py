@@ -750,8 +750,12 @@ def _linear_projections(model: nn.Module) -> set[nn.Module]:
     """Modules with a weight matrix, PEFT's wrappers in place of what they wrap."""
     projections, inside = set(), set()
     for module in model.modules():
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+        layer = getattr(module, "base_layer", module)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor):  # packed weights go by other names
+            if isinstance(getattr(layer, "in_features", None), int):
+                projections.add(module)
+        elif weight.dim() == 2 and not isinstance(module, nn.Embedding):
             projections.add(module)
         if hasattr(module, "base_layer"):
             inside.update(child for child in module.modules() if child is not module)

@@ -82,7 +82,7 @@ from colm_data import (
     replacing,
     stop_ids,
 )
-from train_colm import BASE_PRECISIONS, load_base, noted, trained_precision
+from train_colm import BASE_PRECISIONS, load_base, noted, quantisation_section, trained_precision
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -1323,11 +1323,11 @@ def find_file(model: str, name: str) -> str | None:
         return None
 
 
-def read_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
+def read_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype, device: torch.device):
     """An adapter on its base, unmerged."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_base(base, args, dtype), args.model).eval()
+    return PeftModel.from_pretrained(load_base(base, args, dtype, device), args.model).eval()
 
 
 @torch.no_grad()
@@ -1356,11 +1356,11 @@ def load(args: argparse.Namespace, device: torch.device):
     dtype = torch.bfloat16 if half else torch.float32
     try:
         if config is None:
-            model = load_base(base, args, dtype)
+            model = load_base(base, args, dtype, device)
         else:
             base = args.base_model or json.loads(Path(config).read_text())["base_model_name_or_path"]
             remedy = f"its base is {base}, name another with --base_model"
-            model = load_adapter(args, base, dtype)
+            model = load_adapter(args, base, dtype, device)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, adapters and remote code each raise their own kinds
@@ -1383,16 +1383,17 @@ def load(args: argparse.Namespace, device: torch.device):
     return model.eval(), tokenizer, room
 
 
-def load_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype):
+def load_adapter(args: argparse.Namespace, base: str, dtype: torch.dtype, device: torch.device):
     """An adapter merged into its base where that is exact, or else beside it."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    if args.base_precision == "nf4" or getattr(config, "quantization_config", None):
+    if args.base_precision == "nf4" or quantisation_section(config) is not None:
         # The layers of the base, which hold the adapter's: what PeftModel.forward would call.
-        return read_adapter(args, base, dtype).get_base_model()
-    model = merged(read_adapter(args, base, torch.float32))  # in half precision, small adapters would be rounded away
+        return read_adapter(args, base, dtype, device).get_base_model()
+    # In half precision, small adapters would be rounded away.
+    model = merged(read_adapter(args, base, torch.float32, device))
     if model is None:
         print(f"warning: merging {args.model} would change its answers: it stays apart", file=sys.stderr)
-        model = read_adapter(args, base, torch.float32).get_base_model()
+        model = read_adapter(args, base, torch.float32, device).get_base_model()
     return model
 
 

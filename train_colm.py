@@ -855,7 +855,7 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
     half = accelerator.mixed_precision == "bf16" and args.lora_r > 0
     dtype = torch.bfloat16 if half else torch.float32
     try:
-        model = load_base(base, args, dtype)
+        model = load_base(base, args, dtype, accelerator.device)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub, configs, quantisers without their package and remote code raise many kinds
@@ -864,45 +864,82 @@ def load_model(args, accelerator: Accelerator, tokenizer, checkpoint: Path | Non
         raise UserError(f"--model {base}: {one_line(error)}: {remedy}") from None
     if not args.lora_r and getattr(model, "is_quantized", False):
         raise UserError(f"--lora_r 0 would train the weights of {args.model}, which are quantised: give 1 or more")
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.is_trainable:
+        method = model.config.quantization_config.quant_method
+        raise UserError(f"{base} is quantised by {method}, through which no gradient passes: give other weights of it")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         say("the model's config asks for its router's auxiliary loss: it is not added to the loss of the examples")
     return add_lora(model, args, adapter)
 
 
-def load_base(base: str | Path, args, dtype: torch.dtype):
+def load_base(base: str | Path, args, dtype: torch.dtype, device: torch.device | str = "cpu"):
     """A causal LM that computes in `dtype`, its linear layers in 4 bits if --base_precision is nf4.
 
+    Weights that are packed already are loaded for `device`, other ones on the CPU, or wherever bitsandbytes packs them.
     nf4 is QLoRA's format (Dettmers et al. 2023): NormalFloat4, a scale for each 64 weights, and the scales in 8 bits.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     options = {"trust_remote_code": args.trust_remote_code}
-    if args.base_precision == "nf4":
-        if getattr(AutoConfig.from_pretrained(base, **options), "quantization_config", None):
-            raise UserError(f"--base_precision nf4: {base} is quantised already: use --base_precision compute")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_storage=dtype,  # the bits as if they were such numbers: FSDP2 shares out no integers
-        )
     try:
+        config = AutoConfig.from_pretrained(base, **options)
+        section = quantisation_section(config)
+        if section is not None and args.base_precision == "nf4":
+            raise UserError(f"--base_precision nf4: {base} is quantised already: use --base_precision compute")
+        if section is not None:
+            options["config"] = config
+            if stays_packed(section):
+                options["device_map"] = {"": device}  # where a kernel is chosen for it, once and for all
+            else:
+                say(f"{base}: {section['quant_method']} weights are unpacked: they take the memory of plain ones")
+        elif args.base_precision == "nf4":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_quant_storage=dtype,  # the bits as if they were such numbers: FSDP2 shares out no integers
+            )
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
     except ImportError as error:  # of the package that reads the weights of a quantised model, or of remote code
         raise UserError(f"--model {base}: {one_line(error)}: install it, or give another model") from None
     if getattr(model, "is_loaded_in_8bit", False):
         raise UserError(f"{base} has 8-bit layers of bitsandbytes, which are not supported: give other weights of it")
-    if getattr(model, "is_loaded_in_4bit", False):
+    if getattr(model, "is_quantized", False):
         compute_in(model, dtype)
     return model
 
 
-def compute_in(model, dtype: torch.dtype) -> None:
-    """Have a 4-bit model of bitsandbytes compute in `dtype`, whatever its checkpoint's settings and weights say."""
-    from bitsandbytes.nn import Linear4bit
+def quantisation_section(config) -> dict | None:
+    """The section of a config.json that says how the weights are packed."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None):
+            return part.quantization_config
+    return None
 
+
+def stays_packed(section: dict) -> bool:
+    """Complete a config's quantisation section, in place, so that gradients pass through the layers that it makes.
+
+    Returns whether these layers keep their weights packed, or transformers unpacks them while it loads.
+    """
+    from transformers import GPTQConfig
+    from transformers.quantizers import AutoQuantizationConfig
+
+    known = AutoQuantizationConfig.from_dict(section)  # refuses methods at which transformers would draw new weights
+    if hasattr(known, "dequantize"):
+        # fp8, mxfp4, compressed-tensors: layers that round their inputs, too, pass no gradient on to the layers below.
+        section["dequantize"] = True
+        return False
+    if isinstance(known, GPTQConfig):  # that of AWQ is one, too
+        section["backend"] = "auto_trainable"  # the fastest kernels have no backward pass
+    return True
+
+
+def compute_in(model, dtype: torch.dtype) -> None:
+    """Have a quantised model compute in `dtype`, whatever its checkpoint's settings and weights say."""
     for p in model.parameters():
-        if type(p) is torch.nn.Parameter and p.dtype in (torch.float16, torch.bfloat16):  # packed ones are Params4bit
+        if type(p) is torch.nn.Parameter and p.dtype in (torch.float16, torch.bfloat16):  # packed ones are subclasses
             p.data = p.data.to(dtype)
 
     def cast_input(layer, args):
@@ -910,17 +947,22 @@ def compute_in(model, dtype: torch.dtype) -> None:
         # attention would run in float32.
         return (args[0].to(dtype), *args[1:])
 
+    in_4_bits = getattr(model, "is_loaded_in_4bit", False)  # by bitsandbytes
     packed = 0
     for layer in model.modules():
-        if isinstance(layer, Linear4bit):
+        if has_packed_weights(layer):
+            layer.register_forward_pre_hook(cast_input)
+            if hasattr(layer, "linear_mode"):  # the first evaluation on a CPU would give up the backward pass for good
+                layer.linear_mode = "train"
+        elif in_4_bits and type(layer).__name__ == "Linear4bit":
+            layer.register_forward_pre_hook(cast_input)
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
             layer.weight.quant_state.dtype = dtype  # of the weights in the backward pass
-            layer.register_forward_pre_hook(cast_input)
             # On some CPUs the first evaluation would change to a bf16 kernel that has no backward pass.
             layer.support_avx512bf16_for_cpu = False
             packed += layer.weight.quant_state.shape.numel()
     share = packed / model.num_parameters()
-    if share < 0.5:  # as in mixtures of experts
+    if in_4_bits and share < 0.5:  # as in mixtures of experts
         say(f"only {share:.0%} of the weights take 4 bits: bitsandbytes packs nothing but linear layers")
 
 
@@ -1075,6 +1117,12 @@ def load_adapter(model, folder: Path | str):
     return model
 
 
+def has_packed_weights(module: torch.nn.Module) -> bool:
+    """Is it a linear layer as those of GPTQ and AWQ, whose `weight`, where they have one, is no tensor?"""
+    has_matrix = isinstance(getattr(module, "weight", None), torch.Tensor)
+    return isinstance(getattr(module, "in_features", None), int) and not has_matrix
+
+
 def linear_modules(model) -> list[str]:
     """Names of the linear layers that a row of text runs and PEFT can adapt, without the output embedding."""
     from transformers.pytorch_utils import Conv1D
@@ -1082,7 +1130,8 @@ def linear_modules(model) -> list[str]:
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        if not isinstance(module, (torch.nn.Linear, Conv1D)) or re.fullmatch(NOT_TEXT, name):
+        linear = isinstance(module, (torch.nn.Linear, Conv1D)) or has_packed_weights(module)
+        if not linear or re.fullmatch(NOT_TEXT, name):
             continue
         if module is model.get_output_embeddings():
             continue
@@ -1444,7 +1493,16 @@ def build_run(args, accelerator, tokenizer, model, train, held_out, keep) -> Run
     # collected again below.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    quantised = getattr(model, "is_quantized", False)
+    try:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    except Exception as error:  # FSDP2 knows plain tensors and those of bitsandbytes, not every package's
+        if isinstance(error, torch.OutOfMemoryError) or not quantised:
+            raise
+        remedy = "set fsdp_cpu_ram_efficient_loading to false, or use DDP"
+        raise UserError(
+            f"--model {args.model}: its packed weights can't be shared out ({one_line(error)}): {remedy}"
+        ) from None
     inner = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # we enter autocast ourselves; logits stay in bf16
     optimizer = optimizer.optimizer  # without accelerate's wrapper, which handles scaling and accumulation
 
