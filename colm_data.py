@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import difflib
 import glob
 import gzip
 import hashlib
@@ -61,8 +62,23 @@ def one_line(error: Exception) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """Errors in one line, which name the flag that a misspelt one resembles."""
+
     def error(self, message):
+        if message.startswith("unrecognized arguments: -"):
+            given = message.split()[2].split("=")[0]
+            for name in difflib.get_close_matches(given, self.flags(), 1, 0.75):  # --lr is far from --lora_r
+                message += f" (did you mean {name}?)"
         raise UserError(f"{message}: see {self.prog} --help")
+
+    def flags(self) -> list[str]:
+        """Names of all flags, with those of subcommands: what these do not know, the parser above them reports."""
+        names = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for subcommand in action.choices.values():
+                    names += subcommand.flags()
+        return names
 
 
 def hush_libraries() -> None:
@@ -649,7 +665,10 @@ class ChatTemplate:
         Raises UserError where the template rewrites earlier turns, so that no span of the text is an answer's own.
         """
         if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise UserError(f"{place} has messages, but the tokenizer has no chat template: use prompt and completion")
+            raise UserError(
+                f"{place} has messages, but the tokenizer has no chat template: "
+                "take a --model with one, as instruct models have, or write prompt and completion"
+            )
         # 1. The conversation up to its last answer: nothing after it has a loss, and no answer sees it.
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()

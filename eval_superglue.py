@@ -1023,7 +1023,7 @@ def score(args) -> None:
 
 def build_parser() -> Parser:
     parser = Parser("eval_superglue.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{prepare,score}")
     flag = argparse.BooleanOptionalAction
     epilog = "A task without a file is read from the Hugging Face hub (pip install datasets):"
     for name, task in TASKS.items():

@@ -39,7 +39,7 @@ from step_time import SHAPES
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_math
 import eval_superglue
-from colm_data import prompt_and_completion
+from colm_data import UserError, prompt_and_completion
 
 
 class Numbers:
@@ -253,7 +253,12 @@ def main() -> None:
     if args.questions and not (args.model or args.tokenizer):
         parser.error("--questions needs --model or --tokenizer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, room = make_model(args, device)
+    try:
+        if args.questions:  # a bad file is told before anything is measured
+            maths_rows(args, vocab=0)
+        model, tokenizer, room = make_model(args, device)
+    except UserError as error:  # no model, or a bad file of questions
+        parser.error(str(error))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {m.__name__: m.__version__ for m in (torch, transformers)}
     result = {"card": card, "versions": versions, "flags": vars(args)}

@@ -23,7 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     own, flags = parser.parse_known_args()
-    run = make_run(own.shape, train_colm.build_parser().parse_args(flags))
+    try:
+        run = make_run(own.shape, train_colm.build_parser().parse_args(flags))
+    except train_colm.UserError as error:  # a bad flag of the trainer
+        parser.error(str(error))
     run.set_training(False)
     cuda = run.device.type == "cuda"
     with torch.no_grad():

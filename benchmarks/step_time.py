@@ -332,7 +332,10 @@ def main() -> None:
     parser.add_argument("--profile", help="a mode: print its kernels after the measurement")
     parser.add_argument("--output", default="step_time.json")
     own, flags = parser.parse_known_args()
-    run = make_run(own.shape, train_colm.build_parser().parse_args(flags), own.train_file, own.tokenizer)
+    try:
+        run = make_run(own.shape, train_colm.build_parser().parse_args(flags), own.train_file, own.tokenizer)
+    except train_colm.UserError as error:  # a bad flag of the trainer, or a bad file
+        parser.error(str(error))
     if not run.accelerator.is_main_process:
         sys.stdout = io.StringIO()
     rate = matrix_rate(run.device)

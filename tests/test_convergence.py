@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -371,3 +372,23 @@ def test_an_output_that_cannot_be_used_is_told_before_the_first_run(tmp_path):
     for path in (tmp_path / "cut.json", tmp_path / "cut.json/map.json"):  # cut short; in a "folder" that is a file
         with pytest.raises(convergence.UserError, match="can't be used"):
             convergence.open_output(path, {})
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("step_time", "--learning_rates 1"),
+        ("step_time", "--train_file nowhere.jsonl --tokenizer nowhere"),
+        ("spsa_precision", "--learning_rates 1"),
+        ("trainer_comparison", "--learning_rates 1"),
+        ("eval_speed", "--model nowhere --tokenizer nowhere"),
+        ("eval_speed", "--model nowhere --questions nowhere.jsonl"),
+        ("convergence", "--learning_rate_s 1"),
+    ],
+)
+def test_a_bad_flag_of_a_benchmark_is_told_in_one_line(script, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(REPO / "benchmarks" / f"{script}.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err.strip().splitlines()[-1]

@@ -1275,7 +1275,7 @@ def test_a_yaml_file_gives_flags_and_the_command_line_goes_first(tmp_path):
         (None, ["run.yaml", "No such file"]),
         ("pool_size: [1", ["run.yaml", "YAML"]),
         ("- pool_size", ["run.yaml", "not a mapping", "pool_size: 128"]),
-        ("pool_sise: 3", ["--pool_sise", "unrecognized"]),
+        ("pool_sise: 3", ["--pool_sise=3 (did you mean --pool_size?)", "unrecognized"]),
         ("pool_size: many", ["--pool_size", "'many'", "int"]),
         ("compile: 3", ["3"]),
         ("selection: best", ["--selection", "'best'", "random_keep"]),
@@ -1292,7 +1292,8 @@ def test_a_bad_yaml_file_is_refused(refused, tmp_path, text, words):
     [
         ("--pool_size 32 --coreset_size 60", ["--coreset_size 60 exceeds --pool_size 32: lower it to 32 or less"]),
         ("--pool", ["--pool", "unrecognized", "--help"]),
-        ("--learning_rates 1", ["--learning_rates", "unrecognized", "--help"]),
+        ("--learning_rates 1", ["--learning_rates 1 (did you mean --learning_rate?): see train_colm.py --help"]),
+        ("--lr 1", ["unrecognized arguments: --lr 1: see train_colm.py --help"]),
         ("--pool_size", ["--pool_size", "expected one argument"]),
         ("--pool_size 1.5", ["--pool_size", "'1.5'", "int"]),
         ("--coreset_size 0", ["--coreset_size 0", "positive"]),
@@ -1391,7 +1392,7 @@ GOOD = b'{"instruction": "a", "output": "1", "source": "web"}\n'
         (
             GOOD + b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
             b'"source": "w"}',
-            ["rows.jsonl line 2", "no chat template", "prompt and completion"],
+            ["rows.jsonl line 2", "no chat template", "take a --model with one", "prompt and completion"],
         ),
         (GOOD + b'{"instruction": "\\ud800", "output": "1", "source": "web"}\n', ["rows.jsonl line 2"]),
         (GOOD * 3, ["--pool_size 4 exceeds the 3 usable rows", "lower it to 3"]),

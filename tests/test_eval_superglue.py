@@ -778,6 +778,8 @@ def test_bad_settings(world, finished, tmp_path, capsys):
     )
     assert "leaves CB 0 no prompt" in refused(capsys, *score, world / "model", "--max_length", "3")
     assert "--limit: 0 is out of range" in refused(capsys, *score, world / "model", "--limit", "0")
+    assert "required: {prepare,score}: see" in refused(capsys)
+    assert "--limits 3 (did you mean --limit?): see" in refused(capsys, *score, world / "model", "--limits", "3")
     assert "give a causal LM" in refused(capsys, *score, tmp_path / "nothing")
     assert "each task once" in refused(capsys, "score", f"CB={world / 'CB'}", *score[1:], world / "model")
     adapter = tmp_path / "adapter"
