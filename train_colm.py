@@ -1335,8 +1335,8 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
-            f"--max_length {args.max_length} or have no answer, {with_copies - len(train)} are copies or resemble others): "
-            f"lower it to {len(train)} or less"
+            f"--max_length {args.max_length} or have no answer, {with_copies - len(train)} are copies of others or "
+            f"resemble them): lower it to {len(train)} or less"
         )
     if args.cluster_sources > len(train):
         raise UserError(f"--cluster_sources {args.cluster_sources} exceeds the {len(train)} usable rows: lower it")

@@ -135,13 +135,15 @@ def test_near_copies_are_removed(clean_rows, monkeypatch):
     rows = [data.example(i) for i in range(300)]
     pairs, starts = colm_data.neighbours(rows, *colm_data.template(rows))
     sets = [set(pairs[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(pairs)], strict=True)]
-    values = colm_data.minhash(data)
 
     def jaccard(i, j):
         return len(sets[i] & sets[j]) / len(sets[i] | sets[j])
 
+    with monkeypatch.context() as patch:
+        patch.setattr(colm_data, "HASHES", 2048)  # with 128 the pairs' common tokens move all estimates by up to 0.02
+        values = colm_data.minhash(data)
     errors = [(values[i] == values[j]).mean() - jaccard(i, j) for i in range(40) for j in range(i)]
-    assert abs(statistics.fmean(errors)) < 0.01 and statistics.stdev(errors) < 0.05  # unbiased, 128 draws each
+    assert abs(statistics.fmean(errors)) < 0.005 and statistics.stdev(errors) < 0.0125  # unbiased
     stays = experiments.without_near_copies(data)
     assert 10 < len(stays) < 250
     for i in range(300):

@@ -1603,7 +1603,7 @@ def test_rows_that_resemble_others_are_dropped(demo_tokenizer, tmp_path, capsys)
 def test_what_a_row_is_compared_by(demo_tokenizer):
     """Pairs of neighbouring tokens of question and answer: no template, no pair across rows or across the two."""
     rows = [{"instruction": text, "output": "z", "source": "a"} for text in ("hi", "no")]
-    args = parse_args("--pool_size 2 --coreset_size 1".split())
+    args = parse_args(["--pool_size", "2", "--coreset_size", "1"])
     data = colm_data.tokenize(rows, ["row"] * 2, demo_tokenizer, args, [], False)
     examples = [data.example(i) for i in range(2)]
     head, tail = colm_data.template(examples)
