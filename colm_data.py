@@ -1047,17 +1047,29 @@ class TokenizedRows:
             if content.digest() not in seen:
                 seen.add(content.digest())
                 stays[row] = True
-        copies = int((~stays).sum())
-        if copies == 0:
+        return self.where(stays, "are copies of")
+
+    def without_near_copies(self, similarity: float) -> TokenizedRows:
+        """Less the rows that resemble a row before them which stays. Numbers and sources stay.
+
+        `similarity` in 0..1 is of the sets of neighbouring tokens of two rows, without the template that most prompts
+        share: the size of what they have in common over the size of both (Jaccard), estimated by MinHash.
+        """
+        return self.where(unlike_rows_before(minhash(self), similarity), "resemble")
+
+    def where(self, stays: Tensor, how: str) -> TokenizedRows:
+        """The rows where `stays` [rows] is true; `how` says what the others have to do with rows before them."""
+        left_out = int((~stays).sum())
+        if left_out == 0:
             return self
-        remarks = [*self.remarks, f"{copies} rows are copies of rows before them, dropped"]
+        remarks = [*self.remarks, f"{left_out} rows {how} rows before them, dropped"]
         lengths = torch.tensor(self.offsets).diff()  # [rows]
         tokens = stays.repeat_interleave(lengths)  # [tokens] bool
         sources = self.sources[stays]
         lost = set(self.sources.tolist()) - set(sources.tolist())
         if lost:
             names = ", ".join(self.names[q] for q in sorted(lost))
-            remarks.append(f"no row is left of {names}: all are copies of rows of other sources")
+            remarks.append(f"no row is left of {names}: all {how} rows of other sources")
         return replace(
             self,
             ids=self.ids[tokens],
@@ -1230,6 +1242,99 @@ def how_to_keep(lengths: list[int], rows: int) -> str:
     lengths = sorted(lengths, reverse=True)
     most = lengths[min(len(lengths) - 1, rows // 100)]
     return f"{len(lengths) / rows:.0%} of the rows do not fit: --max_length {most} keeps 99 % whole, {lengths[0]} all"
+
+
+# ------------------------------------------------------------------------------------------- rows that resemble others
+
+HASHES = 128  # MinHash values of a row: two rows' similarity is estimated with a standard error of up to 0.044
+BAND = 4  # so many values must agree somewhere before two rows are compared: at similarity 0.5 for 87 % of the pairs
+BUCKET = 50  # rows with one band in common that later rows are compared with; a frequent phrase would hold thousands
+
+
+def prompt_tokens(example: Example) -> int:
+    """Tokens before the first supervised one."""
+    return int(example.supervised.int().argmax())
+
+
+def template(rows: list[Example]) -> tuple[int, int]:
+    """Tokens that prompts begin and end with: those of the prompt's template, not of a question."""
+    prompts = [example.ids[: prompt_tokens(example)].tolist() for example in rows[:300]]
+    first = [tuple(tokens[:4]) for tokens in prompts]
+    usual = max(first, key=first.count)  # a prompt that was shortened from the left lacks the template
+    prompts = [tokens for tokens, beginning in zip(prompts, first, strict=True) if beginning == usual]
+    shortest = min(map(len, prompts))
+
+    def common(sequences: list[list[int]]) -> int:
+        for i in range(shortest):
+            if len({tokens[i] for tokens in sequences}) > 1:
+                return i
+        return shortest
+
+    head = common(prompts)
+    return head, min(common([tokens[::-1] for tokens in prompts]), shortest - head)
+
+
+def neighbours(rows: list[Example], head: int, tail: int):
+    """One number for every two neighbouring tokens of `rows`, and where each row's begin: two numpy arrays.
+
+    The first `head` and the last `tail` tokens of a prompt are its template and left out.
+    """
+    parts, starts, begin = [], [], 0
+    for example in rows:
+        prompt = prompt_tokens(example)
+        end = max(0, prompt - tail)
+        question, answer = example.ids[min(head, end) : end], example.ids[prompt:]
+        gap = example.ids.new_zeros(1)  # it keeps rows apart, and no row is empty
+        parts += [question, answer, gap]
+        starts.append(begin)
+        begin += len(question) + len(answer) + 1
+    ids = torch.cat(parts).numpy().astype("uint64")
+    pairs = (ids << 32) | ids.take(range(1, len(ids) + 1), mode="wrap")
+    return pairs, starts
+
+
+def minhash(data: TokenizedRows):
+    """[rows, HASHES] numbers: the share of equal ones in two rows estimates how similar the rows are.
+
+    For each column another hash puts all pairs of tokens in a random order; a row's number is its first pair in it,
+    and two rows have the same first pair as often as a pair of either is a pair of both.
+    """
+    import numpy  # transformers needs it, too
+
+    head, tail = template([data.example(i) for i in range(min(300, len(data)))])
+    keys = numpy.random.default_rng(0).integers(1, 1 << 62, HASHES, dtype=numpy.uint64)
+    values = numpy.empty((len(data), HASHES), dtype=numpy.uint32)
+    for first in range(0, len(data), 4096):  # few rows at a time take little memory
+        rows = [data.example(i) for i in range(first, min(first + 4096, len(data)))]
+        pairs, starts = neighbours(rows, head, tail)
+        for column, key in enumerate(keys):
+            # SplitMix64's mixing steps, modulo 2^64: a multiplication alone keeps the order of the pairs too well
+            mixed = pairs + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
+            upper = (mixed >> numpy.uint64(32)).astype(numpy.uint32)
+            values[first : first + len(rows), column] = numpy.minimum.reduceat(upper, starts)
+    return values
+
+
+def unlike_rows_before(values, similarity: float) -> Tensor:
+    """[rows] bool: a row stays whose estimated similarity with all rows before it that stay is below `similarity`.
+
+    `values` are those of `minhash`. Only rows with a whole band of values in common are compared.
+    """
+    stays = torch.ones(len(values), dtype=torch.bool)
+    rows_with: dict[tuple[int, bytes], list[int]] = {}  # that stay, by the place of a band and its values
+    for i, row in enumerate(values):
+        bands = [(place, row[place : place + BAND].tobytes()) for place in range(0, HASHES, BAND)]
+        buckets = [rows_with.setdefault(band, []) for band in bands]
+        candidates = sorted({j for bucket in buckets for j in bucket})
+        if candidates and (values[candidates] == row).mean(1).max() >= similarity:
+            stays[i] = False
+            continue
+        for bucket in buckets:
+            if len(bucket) < BUCKET:
+                bucket.append(i)
+    return stays
 
 
 # -------------------------------------------------------------------------------------------- tokens kept on disk

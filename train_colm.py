@@ -129,6 +129,7 @@ def build_parser() -> Parser:
     add("--eval_file", nargs="+", help="held-out rows in the same formats")
     add("--train_on", choices=["all", "last"], default="all", help="every answer of a conversation, or the last alone")
     add("--drop_copies", action=flag, default=False, help="leave out rows whose tokens are those of a row before")
+    add("--drop_near_copies", type=float, help="leave out rows that resemble a row before by so much, 0 to 1, as 0.5")
     add("--cache_dir", default=default_cache_dir(), help="where tokens of large files are kept; '' keeps none")
     add("--source_field", default="source", help="the field that names a row's source")
     add("--output_dir", default="colm_output")
@@ -222,6 +223,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)} is out of range: give 0 or more")
     if not 0 <= args.keep_share <= 1:
         raise UserError(f"--keep_share {args.keep_share} is out of range: give 0 to 1")
+    if args.drop_near_copies is not None and not 0 < args.drop_near_copies <= 1:
+        raise UserError(
+            f"--drop_near_copies {args.drop_near_copies} is out of range: give a similarity above 0, up to 1, as 0.5"
+        )
     if args.num_directions > 1 and args.probe == "grad":
         raise UserError(f"--num_directions {args.num_directions} has no effect with --probe grad: drop one")
     if args.keep_share < 1 and args.selection not in KEEPING:
@@ -1375,11 +1380,13 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     with_copies = len(train)
     if args.drop_copies:
         train = train.without_copies()
+    if args.drop_near_copies is not None:
+        train = train.without_near_copies(args.drop_near_copies)
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
-            f"--max_length {args.max_length} or have no answer, {with_copies - len(train)} are copies): "
-            f"lower it to {len(train)} or less"
+            f"--max_length {args.max_length} or have no answer, {with_copies - len(train)} are copies of others or "
+            f"resemble them): lower it to {len(train)} or less"
         )
     if args.cluster_sources > len(train):
         raise UserError(f"--cluster_sources {args.cluster_sources} exceeds the {len(train)} usable rows: lower it")

@@ -14,12 +14,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from colm_data import Example, TokenizedRows  # noqa: E402
+from colm_data import Example, TokenizedRows, prompt_tokens, template  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- regimes
 
@@ -62,11 +61,6 @@ def joined(data: TokenizedRows, rows: list[Example], sources: Tensor) -> Tokeniz
     return replace(data, ids=ids, supervised=supervised, offsets=offsets, sources=sources, numbers=numbers)
 
 
-def prompt_tokens(example: Example) -> int:
-    """Tokens before the first supervised one."""
-    return int(example.supervised.int().argmax())
-
-
 def copy_rows(rows: list[Example], sources: Tensor, rng: random.Random, changed: float) -> Tensor:
     """Replace a share of the rows by copies of a few rows of the same source. Of each copy's question, `changed` of the
     tokens become random tokens of the data. Returns which rows are now copies or originals, [rows] bool."""
@@ -96,24 +90,6 @@ def copy_rows(rows: list[Example], sources: Tensor, rng: random.Random, changed:
     return copied
 
 
-def template(rows: list[Example]) -> tuple[int, int]:
-    """Tokens that prompts begin and end with: those of the prompt's template, not of a question."""
-    prompts = [example.ids[: prompt_tokens(example)].tolist() for example in rows[:300]]
-    first = [tuple(tokens[:4]) for tokens in prompts]
-    usual = max(first, key=first.count)  # a prompt that was shortened from the left lacks the template
-    prompts = [tokens for tokens, beginning in zip(prompts, first, strict=True) if beginning == usual]
-    shortest = min(map(len, prompts))
-
-    def common(sequences: list[list[int]]) -> int:
-        for i in range(shortest):
-            if len({tokens[i] for tokens in sequences}) > 1:
-                return i
-        return shortest
-
-    head = common(prompts)
-    return head, min(common([tokens[::-1] for tokens in prompts]), shortest - head)
-
-
 def swap_answers(rows: list[Example], sources: Tensor, rng: random.Random, max_length: int) -> Tensor:
     """Within each source, pass the answers of a random share of its rows round. Returns which rows, [rows] bool."""
     swapped = torch.zeros(len(rows), dtype=torch.bool)
@@ -132,66 +108,15 @@ def swap_answers(rows: list[Example], sources: Tensor, rng: random.Random, max_l
 
 # ------------------------------------------------------------------------------------------- removing copies beforehand
 
-HASHES, BAND = 128, 4  # MinHash values of a row; as many as a band has must agree before two rows are compared
-
 
 def without_copies(data: TokenizedRows) -> list[int]:
     """Rows to train on, as --drop_copies leaves them: `spoil` numbers its rows from 0."""
     return data.without_copies().numbers.tolist()
 
 
-def shingles(data: TokenizedRows, n: int) -> tuple[numpy.ndarray, list[int]]:
-    """Hashes of the n-grams of tokens of every row, without the prompt's template, and where each row begins."""
-    rows = [data.example(i) for i in range(len(data))]
-    head, tail = template(rows)
-    parts, starts, begin = [], [], 0
-    for example in rows:
-        ids, prompt = example.ids, prompt_tokens(example)
-        question, answer = ids[min(head, prompt - tail) : prompt - tail], ids[prompt:]
-        gap = ids.new_zeros(n - 1)  # it keeps rows apart
-        parts += [question, answer, gap]
-        starts.append(begin)
-        begin += len(question) + len(answer) + len(gap)
-    ids = torch.cat(parts).numpy().astype(numpy.uint64)
-    grams = ids
-    for shift in range(1, n):  # a polynomial hash modulo 2^64
-        grams = grams * numpy.uint64(1_000_003) + numpy.roll(ids, -shift)
-    return grams, starts
-
-
-def minhash(data: TokenizedRows, n: int, seed: int = 0) -> numpy.ndarray:
-    """[rows, HASHES]: the share of equal values in two rows estimates the Jaccard similarity of their n-grams."""
-    grams, starts = shingles(data, n)
-    rng, columns = numpy.random.default_rng(seed), []
-    for key in rng.integers(1, 1 << 62, HASHES, dtype=numpy.uint64):
-        # SplitMix64's mixing steps: a plain multiplication leaves the order in the n-grams, and the estimate too high
-        mixed = grams + key
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)  # modulo 2^64
-        columns.append(numpy.minimum.reduceat((mixed >> numpy.uint64(32)).astype(numpy.uint32), starts))
-    return numpy.stack(columns, 1)
-
-
-def without_near_copies(data: TokenizedRows, threshold: float = 0.5, n: int = 2) -> list[int]:
-    """Rows to train on: each row is dropped whose n-grams of tokens resemble those of a row before it that stays.
-
-    `threshold` is of the estimated Jaccard similarity. Rows are compared when a band of their MinHash values agrees.
-    """
-    values = minhash(data, n)
-    bands = [values[:, i : i + BAND] for i in range(0, HASHES, BAND)]
-    keys = [[row.tobytes() for row in numpy.ascontiguousarray(band)] for band in bands]
-    buckets: list[dict] = [{} for _ in bands]
-    kept = []
-    for i in range(len(values)):
-        mine = [bucket.setdefault(key[i], []) for bucket, key in zip(buckets, keys, strict=True)]
-        near = sorted({j for bucket in mine for j in bucket})
-        if near and (values[near] == values[i]).mean(1).max() >= threshold:
-            continue
-        kept.append(i)
-        for bucket in mine:
-            if len(bucket) < 50:  # a template's bucket would hold thousands; the first rows stand for it
-                bucket.append(i)
-    return kept
+def without_near_copies(data: TokenizedRows) -> list[int]:
+    """Rows to train on, as --drop_near_copies 0.5 leaves them."""
+    return data.without_near_copies(0.5).numbers.tolist()
 
 
 REMOVALS = {"exact": without_copies, "dedup": without_near_copies}

@@ -1577,6 +1577,43 @@ def test_a_source_of_copies_alone_is_no_source(demo_tokenizer, tmp_path, capsys)
         train_colm.load_data(parse_args([*flags, "--pool_size", "14"]), demo_tokenizer, show=False)
 
 
+def test_rows_that_resemble_others_are_dropped(demo_tokenizer, tmp_path, capsys):
+    """Questions of 60 letters: with one letter changed 57 of 61 pairs are common, others share the template alone."""
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=60)) for _ in range(12)]
+    rows = [{"instruction": text, "output": "yes", "source": "a"} for text in texts]
+    changed = texts[3][:30] + "#" + texts[3][31:]
+    rows.insert(7, {"instruction": changed, "output": "yes", "source": "b"})
+    rows.append(rows[0])
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = f"--train_file {path} --pool_size 2 --coreset_size 1 --keep_sources none --cache_dir=".split()
+    data, _, _ = train_colm.load_data(parse_args([*flags, "--drop_near_copies", "0.5"]), demo_tokenizer, show=True)
+    assert data.numbers.tolist() == [i for i in range(13) if i != 7]
+    out = capsys.readouterr().out
+    assert "2 rows resemble rows before them, dropped" in out
+    assert "no row is left of b: all resemble rows of other sources" in out
+    whole, _, _ = train_colm.load_data(parse_args([*flags, "--drop_near_copies", "1"]), demo_tokenizer, show=False)
+    assert whole.numbers.tolist() == list(range(13))  # the equal row alone is dropped
+    for value in ("0", "1.5", "nan"):
+        with pytest.raises(colm_data.UserError, match=f"--drop_near_copies {float(value)} is out of range"):
+            parse_args([*flags, "--drop_near_copies", value])
+
+
+def test_what_a_row_is_compared_by(demo_tokenizer):
+    """Pairs of neighbouring tokens of question and answer: no template, no pair across rows or across the two."""
+    rows = [{"instruction": text, "output": "z", "source": "a"} for text in ("hi", "no")]
+    args = parse_args(["--pool_size", "2", "--coreset_size", "1"])
+    data = colm_data.tokenize(rows, ["row"] * 2, demo_tokenizer, args, [], False)
+    examples = [data.example(i) for i in range(2)]
+    head, tail = colm_data.template(examples)
+    pairs, starts = colm_data.neighbours(examples, head, tail)
+    for example, row in zip(examples, (pairs[: starts[1]], pairs[starts[1] :]), strict=True):
+        prompt = colm_data.prompt_tokens(example)
+        ids = [*example.ids[head : prompt - tail].tolist(), *example.ids[prompt:].tolist(), 0]
+        assert len(ids) == 5 and row.tolist()[:4] == [(a << 32) | b for a, b in zip(ids, ids[1:], strict=False)]
+
+
 def test_rows_of_the_same_tokens_that_supervise_others_are_no_copies(demo_tokenizer):
     rows = colm_data.demo_rows("train")[:1] * 3
     args = parse_args(["--pool_size", "2", "--coreset_size", "1"])
