@@ -486,7 +486,9 @@ def select_coreset(
     `generator` draws what the paper leaves open. The coreset has K rows, or all usable ones when those are fewer.
     """
     if not 0 < k <= len(sources):
-        raise ValueError(f"k = {k} of a pool of {len(sources)}: k must lie in 1..{len(sources)}")
+        raise ValueError(
+            f"k = {k} of a pool of {len(sources)}: k must lie in 1..{len(sources)}; a loader's last batch may be short"
+        )
     sources = sources.cpu()
 
     # every example of a small source (4.1)

@@ -1381,7 +1381,7 @@ def load_data(args, tokenizer, show: bool) -> tuple[TokenizedRows, TokenizedRows
     if args.drop_copies:
         train = train.without_copies()
     if args.drop_near_copies is not None:
-        train = train.without_near_copies(args.drop_near_copies)
+        train = train.without_near_copies(args.drop_near_copies, show)
     if len(train) < args.pool_size:
         raise UserError(
             f"--pool_size {args.pool_size} exceeds the {len(train)} usable rows ({train.dropped} do not fit in "
@@ -2061,9 +2061,9 @@ def announce(run: Run) -> None:
     """What a reader wants to know before the first step."""
     args, data = run.args, run.train
     counts = torch.bincount(data.sources, minlength=len(data.names))
-    sources = int(counts.count_nonzero())  # --drop_copies may leave some without rows
+    sources = int(counts.count_nonzero())  # --drop_copies and --drop_near_copies may leave some without rows
     small = ", ".join(data.names[q] for q in sorted(run.keep)) or "none"
-    say(f"{len(data)} rows of {sources} sources; {kept_how(args)}: {small}")
+    say(f"{len(data)} rows of {sources} source{'s' if sources > 1 else ''}; {kept_how(args)}: {small}")
     if args.selection not in KEEPING:
         return
     share = sum(counts[sorted(run.keep)].tolist()) / len(data)

@@ -11,7 +11,8 @@ Flags that --help does not list go to train_colm.py.
   and far_copies (and 15 % or 50 % of each copy's question is changed); noise (30 % of the answers of each source are
   swapped); few (3,000 rows, several epochs); joined as in copies+noise. Held-out rows are always clean.
 * --settings are selections of train_colm.py. With -sqrt or -tokens a row's loss weighs the root or the number of its
-  completion's tokens; with dedup+ copies and near copies are removed before training, with exact+ copies alone.
+  completion's tokens; with dedup+ copies and near copies are removed before training (--drop_near_copies 0.5),
+  with exact+ copies alone (--drop_copies).
 * --budget steps: as many optimizer steps as --steps says. cost: as many tokens as that many steps of --coreset_size
   average rows have; a token that is trained on costs 1, a token that is only probed --price. The learning-rate schedule
   spans the budget. 0.42 is the price on Phi-2's shape, 0.25 with gradient checkpointing: a forward pass against
