@@ -748,16 +748,20 @@ def _describe(model: nn.Module, ran: _Ran, module: nn.Module, rows: list[int]) -
     return VProjection(name, layer, tuple(rows), shape[-1], before)
 
 
+def has_packed_weights(module: nn.Module) -> bool:
+    """Is it a linear layer as those of GPTQ and AWQ, whose `weight`, where they have one, is no tensor?"""
+    has_matrix = isinstance(getattr(module, "weight", None), Tensor)
+    return isinstance(getattr(module, "in_features", None), int) and not has_matrix
+
+
 def _linear_projections(model: nn.Module) -> set[nn.Module]:
     """Modules with a weight matrix, PEFT's wrappers in place of what they wrap."""
     projections, inside = set(), set()
     for module in model.modules():
         layer = getattr(module, "base_layer", module)
         weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor):  # packed weights go by other names
-            if isinstance(getattr(layer, "in_features", None), int):
-                projections.add(module)
-        elif weight.dim() == 2 and not isinstance(module, nn.Embedding):
+        is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+        if is_matrix or has_packed_weights(layer):
             projections.add(module)
         if hasattr(module, "base_layer"):
             inside.update(child for child in module.modules() if child is not module)

@@ -1302,7 +1302,9 @@ def minhash(data: TokenizedRows):
     """
     import numpy  # transformers needs it, too
 
-    head, tail = template([data.example(i) for i in range(min(300, len(data)))])
+    # From all over the data: rows of one source may have more in common than the template.
+    some = min(300, len(data))
+    head, tail = template([data.example(i * len(data) // some) for i in range(some)])
     keys = numpy.random.default_rng(0).integers(1, 1 << 62, HASHES, dtype=numpy.uint64)
     values = numpy.empty((len(data), HASHES), dtype=numpy.uint32)
     for first in range(0, len(data), 4096):  # few rows at a time take little memory

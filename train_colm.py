@@ -79,6 +79,7 @@ from colm_core import (
     cosines,
     find_v_projection,
     fresh_first,
+    has_packed_weights,
     k_means,
     one_process,
     select_coreset,
@@ -959,7 +960,7 @@ def compute_in(model, dtype: torch.dtype) -> None:
             layer.register_forward_pre_hook(cast_input)
             if hasattr(layer, "linear_mode"):  # the first evaluation on a CPU would give up the backward pass for good
                 layer.linear_mode = "train"
-        elif in_4_bits and type(layer).__name__ == "Linear4bit":
+        elif type(layer).__name__ == "Linear4bit":  # of bitsandbytes, which may not be installed
             layer.register_forward_pre_hook(cast_input)
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
             layer.weight.quant_state.dtype = dtype  # of the weights in the backward pass
@@ -1120,12 +1121,6 @@ def load_adapter(model, folder: Path | str):
         )
     model.peft_config["default"].base_model_name_or_path = base  # it may have moved since the folder was written
     return model
-
-
-def has_packed_weights(module: torch.nn.Module) -> bool:
-    """Is it a linear layer as those of GPTQ and AWQ, whose `weight`, where they have one, is no tensor?"""
-    has_matrix = isinstance(getattr(module, "weight", None), torch.Tensor)
-    return isinstance(getattr(module, "in_features", None), int) and not has_matrix
 
 
 def linear_modules(model) -> list[str]:

@@ -1600,6 +1600,15 @@ def test_rows_that_resemble_others_are_dropped(demo_tokenizer, tmp_path, capsys)
             parse_args([*flags, "--drop_near_copies", value])
 
 
+def test_what_the_first_source_has_in_common_is_no_template(demo_tokenizer):
+    """Else the others' short questions would be cut away, and rows with equal answers dropped."""
+    rows = [{"instruction": f"Translate this sentence into French: {i}", "output": str(i)} for i in range(400)]
+    rows += [{"instruction": f"Is {i} odd?", "output": "yes"} for i in range(1001, 1201, 2)]
+    data = colm_data.tokenize(rows, ["row"] * 500, demo_tokenizer, parse_args([]), [], False)
+    numbers = data.without_near_copies(0.95).numbers
+    assert (numbers >= 400).sum() > 50
+
+
 def test_what_a_row_is_compared_by(demo_tokenizer):
     """Pairs of neighbouring tokens of question and answer: no template, no pair across rows or across the two."""
     rows = [{"instruction": text, "output": "z", "source": "a"} for text in ("hi", "no")]
